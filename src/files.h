@@ -1,0 +1,47 @@
+/* SPDX-License-Identifier: MIT
+ * Files that survive: written under a temporary name, synced, renamed. Every failing function here has said why
+ * (naming the path) before it returns. */
+#ifndef POE_SRC_FILES_H
+#define POE_SRC_FILES_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "src/status.h"
+
+enum { POE_PATH_MAX = 4096 };
+
+/* printf into a path buffer of POE_PATH_MAX; POE_BAD_INPUT when it does not fit. */
+poe_status poe_path(char path[POE_PATH_MAX], const char *format, ...) __attribute__((format(printf, 2, 3)));
+
+/* Makes `path` and its parents as needed. POE_BAD_INPUT when it cannot be made or is not a directory. */
+poe_status poe_make_directories(const char *path);
+
+/* POE_BAD_INPUT unless files can be made in directory `path` (one is made and removed). `what` names the flag. */
+poe_status poe_check_writable(const char *path, const char *what);
+
+/* The whole file, NUL-terminated behind its `*size` bytes; the caller frees it. POE_BAD_INPUT when unreadable,
+ * `what` naming the flag or kind of file. */
+poe_status poe_read_file(const char *path, const char *what, char **data, size_t *size);
+
+/* Writes `path` through `path`.tmp, synced and renamed; nothing is left behind on failure (POE_FAILED). */
+poe_status poe_write_file(const char *path, const void *data, size_t size);
+
+/* Length and CRC-32C of a file, read back from the disk. */
+poe_status poe_checksum_file(const char *path, uint64_t *size, uint32_t *crc);
+
+/* fsync of a file or directory by name. */
+poe_status poe_sync_path(const char *path);
+
+/* Removes a directory and all that is in it. A missing one is no failure. */
+poe_status poe_remove_tree(const char *path);
+
+/* Temporary paths that must not outlive a killed process: registered while they exist; poe_temporary_remove_all()
+ * removes what is registered (called from a signal thread before _exit; takes no lock that a writer holds for long).
+ * At most 64 at a time. */
+void poe_temporary_register(const char *path);
+void poe_temporary_forget(const char *path);
+void poe_temporary_remove_all(void);
+
+#endif

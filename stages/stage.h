@@ -1,0 +1,84 @@
+/* SPDX-License-Identifier: MIT
+ * One stage of the model: its parameters, gradients, optimiser state and activations, and what can be done with them.
+ * Knows nothing of ranks and messages. One thread drives a stage; its kernels share a team of threads. */
+#ifndef POE_STAGES_STAGE_H
+#define POE_STAGES_STAGE_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "src/status.h"
+#include "stages/model.h"
+#include "stages/ops.h"
+#include "stages/optimizer.h"
+
+typedef struct poe_stage poe_stage;
+
+typedef struct poe_stage_settings {
+    int stage;          /* 0..K-1 */
+    size_t rows;        /* B: the most rows of a micro-batch */
+    bool training;      /* false: parameters and forward activations only */
+} poe_stage_settings;
+
+/* Bytes of each arena, computed without allocating any (for the start-up table and --dry-run). The backend's scratch
+ * is its own (poe_cpu_scratch_bytes() with poe_stage_limits()). */
+typedef struct poe_stage_memory {
+    uint64_t parameters, gradients, optimizer, activations;
+} poe_stage_memory;
+poe_status poe_stage_size(const poe_model *model, const poe_stage_settings *settings, poe_stage_memory *memory);
+
+/* The largest of everything that this stage will ask of its backend. */
+void poe_stage_limits(const poe_model *model, const poe_stage_settings *settings, poe_backend_limits *limits);
+
+/* `model` and `backend` are borrowed and must outlive the stage. Parameters are zero: initialise or load them. */
+poe_status poe_stage_create(const poe_model *model, const poe_stage_settings *settings, poe_backend *backend,
+                            poe_stage **stage);
+void poe_stage_destroy(poe_stage *stage); /* NULL is legal */
+
+/* The tensors and where they are. Own: this stage's alone. Shared: its replica of wte, lm_head, smear. */
+const poe_tensor_table *poe_stage_own_table(const poe_stage *stage);
+const poe_tensor_table *poe_stage_shared_table(const poe_stage *stage);
+float *poe_stage_own_values(poe_stage *stage);
+float *poe_stage_shared_values(poe_stage *stage);
+float *poe_stage_own_gradients(poe_stage *stage);
+float *poe_stage_shared_gradients(poe_stage *stage); /* this stage's sum over the step's micro-batches */
+/* Call after writing parameter values from outside (loading, initialising): refreshes what is derived from them. */
+void poe_stage_parameters_changed(poe_stage *stage);
+
+/* Forward of one micro-batch: b rows (<= B) of t positions (<= T). idx (b,t) in 0..V-1. h_in (b,t,C): the previous
+ * stage's output, detached; NULL on stage 0, which starts from x0. h_out (b,t,C). Everything backward needs is kept
+ * until the next forward. All pointers are borrowed; idx and h_in must stay until poe_stage_backward() is done. */
+void poe_stage_forward(poe_stage *stage, size_t b, size_t t, const int32_t *idx, const float *h_in, float *h_out);
+
+/* Loss of the last forward against targets (b,t) (negative: ignored), and the local backward pass, gradients of
+ * loss * stage weight / n_micro added to those of the step. *loss: mean nats over targets >= 0, unweighted.
+ * POE_NUMERIC when it is NaN or Inf (not said: the caller knows the step). */
+poe_status poe_stage_backward(poe_stage *stage, const int32_t *targets, int n_micro, double *loss);
+
+void poe_stage_clear_gradients(poe_stage *stage); /* at the start of a step (own), see also held shared sums */
+void poe_stage_clear_shared_gradients(poe_stage *stage);
+
+/* One update with the accumulated gradients at the given rates: the stage's own tensors (t counts updates), or the
+ * shared ones with gradients `sum` (the whole model's, laid out as the shared table). */
+void poe_stage_update_own(poe_stage *stage, const poe_rates *rates);
+void poe_stage_update_shared(poe_stage *stage, const poe_rates *rates, const float *sum);
+
+/* True when every own gradient is finite. */
+bool poe_stage_gradients_finite(const poe_stage *stage);
+
+/* Optimiser state as one flat piece per tensor, for checkpoints: own first or shared. For tensor `row` of the own
+ * (shared false) or shared table: Muon has "momentum" (rows, cols) and "second" (rows or cols), AdamW "m", "v".
+ * Returns how many parts the tensor has (0 when untrained) and fills name, pointer and floats of part `part`. */
+int poe_stage_state(poe_stage *stage, bool shared, size_t row, int part, const char **name, float **values,
+                    size_t *floats);
+/* Number of updates so far (AdamW's t) of own and shared tensors: read and write. */
+int64_t *poe_stage_own_updates(poe_stage *stage);
+int64_t *poe_stage_shared_updates(poe_stage *stage);
+
+/* Logits of this stage for the rows first..first+n-1 of the last forward (rows counted over b*t), softcap applied:
+ * z (n,V). n <= poe_stage_logit_rows(). */
+size_t poe_stage_logit_rows(const poe_stage *stage);
+void poe_stage_logits(poe_stage *stage, size_t first, size_t n, float *z);
+
+#endif
