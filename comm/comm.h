@@ -1,0 +1,133 @@
+/* SPDX-License-Identifier: MIT
+ * Talking between ranks. A poe_comm is one rank's end: it owns a transport (inproc, mpi; table in transport.h) and one
+ * helper thread, which alone touches the network, so that transfers go on while the rank computes and nobody spins.
+ * Three things are built on it: links (ordered, credited, checked streams from one rank to another), reduces (the sum
+ * of the shared gradients along a chain of ranks, in fixed order), and small collective calls along the chain
+ * 0-1-...-size-1. Nothing here knows what a layer is.
+ *
+ * Waiting: every call that waits sleeps, and fails with POE_PEER_LOST, said, when the rank it waits for has given no
+ * sign of life for `deadline` seconds (ranks that talk to each other exchange heartbeats): the sentence names both
+ * ranks, the link, step and micro-batch, what was waited for and since when. A peer that is alive but slow gets a line
+ * every `patience` seconds. Threads: all calls of one poe_comm come from one thread, except where stated. */
+#ifndef POE_COMM_COMM_H
+#define POE_COMM_COMM_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "src/status.h"
+
+typedef struct poe_comm poe_comm;
+typedef struct poe_link poe_link;
+typedef struct poe_reduce poe_reduce;
+
+typedef struct poe_comm_settings {
+    double deadline; /* seconds without a sign of life; default 120 */
+    double patience; /* seconds between lines about a slow peer; default 30 */
+    double heartbeat; /* seconds between signs of life; default min(1, deadline / 4) when 0 */
+} poe_comm_settings;
+
+int poe_comm_rank(const poe_comm *comm);
+int poe_comm_size(const poe_comm *comm);
+int poe_comm_host_ranks(const poe_comm *comm); /* ranks of this job on this rank's host, itself included */
+const char *poe_comm_transport(const poe_comm *comm); /* "inproc", "mpi" */
+const char *poe_comm_host(const poe_comm *comm);
+/* Applies from now on (the deadline is a flag, known only after the start). */
+void poe_comm_configure(poe_comm *comm, const poe_comm_settings *settings);
+/* Stops the helper thread and frees everything; collective with the other ranks when `orderly` (outstanding sends are
+ * completed), at once otherwise. NULL is legal. Links and reduces must be closed before. */
+void poe_comm_destroy(poe_comm *comm, bool orderly);
+
+/* --- small collective calls: every rank of the job, in the same order ------------------------------------------------ */
+poe_status poe_comm_barrier(poe_comm *comm, const char *what);
+/* `bytes` from rank `root` to everyone. */
+poe_status poe_comm_broadcast(poe_comm *comm, int root, void *data, size_t bytes);
+/* `bytes` of every rank, in rank order, at everyone: all (size * bytes). */
+poe_status poe_comm_gather(poe_comm *comm, const void *mine, void *all, size_t bytes);
+/* Agrees on an outcome: everyone returns the status of the lowest rank that failed, and that rank alone prints the
+ * error it holds (poe_log_hold()); the others drop theirs. POE_OK when nobody failed. */
+poe_status poe_comm_agree(poe_comm *comm, poe_status mine);
+
+/* --- links -------------------------------------------------------------------------------------------------------------- */
+/* What a message is; both the header that travels and what a receiver expects. */
+typedef struct poe_message {
+    uint32_t kind;      /* the caller's own enumeration */
+    uint32_t flags;     /* the caller's; not checked */
+    int64_t step;
+    int32_t micro;      /* micro-batch within the step */
+    int32_t stage;      /* sender's stage */
+    uint32_t shape[4];  /* e.g. B, T, C, 0 */
+    uint64_t data_hash; /* not checked by the link: the pipeline does */
+    uint64_t bytes;     /* of payload */
+} poe_message;
+
+typedef struct poe_link_settings {
+    const char *name;  /* "activations 0->1": for messages; copied */
+    int peer;          /* the other rank */
+    int channel;       /* 0..15, the same at both ends; one link per (direction, pair, channel) */
+    bool outgoing;
+    size_t max_bytes;  /* of a payload */
+    int window;        /* credits: messages that may be under way and unreleased, >= 1, the same at both ends */
+    uint64_t run;      /* identifies the run: messages of another one are refused */
+} poe_link_settings;
+
+/* All memory of a link is allocated here. POE_FAILED: said. */
+poe_status poe_link_open(poe_comm *comm, const poe_link_settings *settings, poe_link **link);
+void poe_link_close(poe_link *link); /* NULL is legal */
+
+/* Sender: waits for a credit and gives the payload to fill (max_bytes, 64-byte aligned); then poe_link_send() hands
+ * it over and returns at once. `message` says what is waited for, should the wait be long. */
+poe_status poe_link_acquire(poe_link *link, const poe_message *message, void **payload);
+poe_status poe_link_send(poe_link *link, const poe_message *message);
+
+/* Receiver: waits for the next message, checks that it is the expected one (magic, version, run, kind, step, micro,
+ * stage, shape, bytes) and its CRC-32C, and lends its payload until poe_link_release(), which returns the credit.
+ * `got` (may be NULL): the header as received. A message that is not the expected one: POE_PEER_LOST, said. Messages
+ * are lent and released in order; up to `window` may be lent at a time. */
+poe_status poe_link_receive(poe_link *link, const poe_message *expected, poe_message *got, void **payload);
+void poe_link_release(poe_link *link);
+
+/* --- the shared sum -------------------------------------------------------------------------------------------------------- */
+typedef struct poe_reduce_settings {
+    const char *name;   /* copied */
+    const int *ranks;   /* the chain, in the order of addition; contains this rank; copied */
+    int n_ranks;
+    int channel;        /* 0..15, not used by a link between the same ranks */
+    size_t count;       /* floats of a vector */
+    size_t chunk;       /* floats per message; 0: 262144 */
+    int slots;          /* vectors that may be under way at once, >= 1 */
+    uint64_t run;
+} poe_reduce_settings;
+
+poe_status poe_reduce_open(poe_comm *comm, const poe_reduce_settings *settings, poe_reduce **reduce);
+void poe_reduce_close(poe_reduce *reduce);
+/* Starts summing `values` (count floats, 64-byte aligned, borrowed until poe_reduce_end()) for `step`: partial sums go
+ * down the chain, each rank adds its own (partial + own, in chain order), the total comes back up. Returns at once. */
+poe_status poe_reduce_begin(poe_reduce *reduce, int64_t step, float *values);
+/* Waits until `values` of the oldest begun vector, which must be that of `step`, holds the total, and this rank has
+ * passed it on, so that the memory is the caller's again. */
+poe_status poe_reduce_end(poe_reduce *reduce, int64_t step);
+
+/* --- watching -------------------------------------------------------------------------------------------------------------- */
+typedef struct poe_comm_stats {
+    double receive_wait, credit_wait, shared_wait, collective_wait; /* seconds that the rank's thread slept in each */
+    double transfer;      /* seconds during which at least one send was under way */
+    double transfer_busy; /* of these, seconds in which the rank's thread was not waiting in a call of this module */
+    uint64_t bytes_sent, bytes_received, messages_sent, messages_received;
+} poe_comm_stats;
+void poe_comm_get_stats(poe_comm *comm, poe_comm_stats *stats); /* totals since the start */
+
+/* What the rank is doing, for its neighbours' and the user's eyes ("forward, step 12, micro-batch 3"): cheap, copied
+ * into heartbeats. Static text only. */
+void poe_comm_doing(poe_comm *comm, const char *what, int64_t step, int micro);
+
+/* From any thread or signal handler: the helper thread prints one line that says what this rank waits for and since
+ * when, or what it is doing. */
+void poe_comm_request_report(poe_comm *comm);
+/* From any thread or signal handler: asks rank 0 to stop; the wish travels along the chain with the heartbeats, at
+ * once. poe_comm_stop_wanted() on rank 0 is true from then on. */
+void poe_comm_request_stop(poe_comm *comm);
+bool poe_comm_stop_wanted(const poe_comm *comm); /* any thread */
+
+#endif

@@ -1,0 +1,47 @@
+/* SPDX-License-Identifier: MIT
+ * For authors of transports and of decorators on them: the table that moves bytes between ranks. All calls but wake()
+ * come from the comm's helper thread. Messages between the same two ranks on the same channel arrive in order and
+ * whole; a receive is posted with exactly the length that is sent. Nothing blocks but progress(). */
+#ifndef POE_COMM_TRANSPORT_H
+#define POE_COMM_TRANSPORT_H
+
+#include <stdbool.h>
+#include <stddef.h>
+
+#include "comm/comm.h"
+
+enum { POE_CHANNELS = 32 }; /* 0..15 the caller's, the rest for credits, control and collectives */
+
+typedef struct poe_transport poe_transport;
+
+/* One send or receive under way; owned by who started it, untouched until done. */
+typedef struct poe_operation {
+    bool done;
+    poe_status status;   /* valid when done */
+    void *backend[4];    /* the transport's own */
+} poe_operation;
+
+typedef struct poe_transport_ops {
+    const char *name;
+    /* Start; the memory must stay until the operation is done. A failing start is an operation that is done, failed. */
+    void (*send)(poe_transport *transport, int peer, int channel, const void *data, size_t bytes, poe_operation *op);
+    void (*receive)(poe_transport *transport, int peer, int channel, void *data, size_t bytes, poe_operation *op);
+    /* Completes operations. Sleeps at most `wait` seconds when there is nothing to do; ends early on any completion or
+     * wake(). Returns true when something was completed. */
+    bool (*progress)(poe_transport *transport, double wait);
+    void (*wake)(poe_transport *transport); /* from any thread */
+    void (*cancel)(poe_transport *transport, poe_operation *op); /* a receive that will never be matched; done after it */
+    void (*destroy)(poe_transport *transport);
+} poe_transport_ops;
+
+struct poe_transport {
+    const poe_transport_ops *ops;
+    int rank, size, host_ranks;
+    const char *host;
+};
+
+/* A comm on a transport, which it owns from then on, also on failure. Starts the helper thread, which speaks for the
+ * calling thread's log context. */
+poe_status poe_comm_create(poe_transport *transport, const poe_comm_settings *settings, poe_comm **comm);
+
+#endif
