@@ -14,7 +14,7 @@ typedef enum poe_dtype { POE_F32, POE_BF16 } poe_dtype;
 typedef struct poe_safetensor {
     char name[128];
     int ndim; /* 1 or 2; 0-dimensional ones are read as (1) */
-    size_t shape[2];
+    size_t shape[2]; /* ndim 1, read from a file: shape[1] is 1 */
     poe_dtype dtype;
 } poe_safetensor;
 
