@@ -3,19 +3,24 @@
 
 #include <assert.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <hdf5.h>
 #include <pthread.h>
 #include <stdbool.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "src/crc32c.h"
 #include "src/files.h"
 #include "src/log.h"
+#include "src/pieces.h"
 
 struct poe_h5 {
     hid_t id;
     poe_status status; /* the first failure */
+    bool writing;
+    poe_pieces pieces; /* the arrays written */
     char path[POE_PATH_MAX];
 };
 
@@ -87,6 +92,7 @@ static poe_status open_file(const char *path, bool create, poe_h5 **file)
     poe_status status = poe_path(f->path, "%s", path);
     if (!status) {
         f->id = -1;
+        f->writing = create;
         if (enter())
             f->id = create ? H5Fcreate(path, H5F_ACC_TRUNC, H5P_DEFAULT, access_list)
                            : H5Fopen(path, H5F_ACC_RDONLY, access_list);
@@ -114,6 +120,19 @@ poe_status poe_h5_open(const char *path, poe_h5 **file)
     return open_file(path, false, file);
 }
 
+static poe_status read_back(poe_h5 *file)
+{
+    int fd = open(file->path, O_RDONLY | O_CLOEXEC);
+    if (fd < 0)
+        {
+        poe_error("cannot read %s back: %s", file->path, strerror(errno));
+        return POE_FAILED;
+    }
+    poe_status status = poe_pieces_check(&file->pieces, fd, file->path);
+    close(fd);
+    return status;
+}
+
 poe_status poe_h5_close(poe_h5 *file)
 {
     enter();
@@ -122,6 +141,9 @@ poe_status poe_h5_close(poe_h5 *file)
     if (!ok && !file->status)
         failed(file, "the end of", "the data");
     poe_status status = file->status;
+    if (!status && file->writing)
+        status = read_back(file);
+    free(file->pieces.at);
     free(file);
     return status;
 }
@@ -164,16 +186,20 @@ poe_status poe_h5_write(poe_h5 *file, const char *path, int ndim, const size_t *
         return file->status;
     for (int i = 0; i < ndim; i++)
         extents[i] = shape[i];
-    uint32_t crc = poe_crc32c(0, values, count_of(ndim, shape) * sizeof(float));
+    size_t bytes = count_of(ndim, shape) * sizeof(float);
+    uint32_t crc = poe_crc32c(0, values, bytes);
     enter();
     hid_t space = H5Screate_simple(ndim, extents, NULL);
     hid_t dataset = H5Dcreate2(file->id, path, H5T_IEEE_F32LE, space, link_list, dataset_list, H5P_DEFAULT);
     bool ok = dataset >= 0 && H5Dwrite(dataset, H5T_NATIVE_FLOAT, H5S_ALL, H5S_ALL, H5P_DEFAULT, values) >= 0 &&
               put_attribute(dataset, "crc32c", H5T_STD_U32LE, H5T_NATIVE_UINT32, &crc);
+    haddr_t place = ok ? H5Dget_offset(dataset) : HADDR_UNDEF;
     ok &= shut(dataset, H5Dclose);
     ok &= shut(space, H5Sclose);
     leave();
-    return ok ? POE_OK : failed(file, "dataset", path);
+    if (!ok)
+        return failed(file, "dataset", path);
+    return file->status = bytes ? poe_pieces_add(&file->pieces, place, values, bytes) : POE_OK;
 }
 
 /* The shape of an open dataset of floats; false when it is none of at most POE_H5_DIMENSIONS dimensions. */

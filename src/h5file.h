@@ -16,7 +16,8 @@ typedef struct poe_h5 poe_h5;
 
 poe_status poe_h5_create(const char *path, poe_h5 **file); /* truncates; POE_FAILED: said */
 poe_status poe_h5_open(const char *path, poe_h5 **file);   /* for reading; POE_BAD_INPUT: said */
-/* Frees `file` in any case; the first failure of all calls on it, if any, is returned again. */
+/* Frees `file` in any case; the first failure of all calls on it, if any, is returned again. A written file is synced,
+ * and its arrays are read back and compared. */
 poe_status poe_h5_close(poe_h5 *file);
 
 /* `path` within the file: groups are made as needed. Little-endian IEEE on disk; attribute "crc32c" of the values. */
