@@ -135,16 +135,17 @@ static double attend(double *p, float *y, const float *q, const float *k, const 
         p[s] = score(shape, q, k + row_of(shape, b, s, shape->n_kv_head, g));
         most = fmax(most, p[s]);
     }
-    for (size_t s = first; s <= t; s++)
-        total += exp(p[s] - most);
-    double lse = most + log(total);
+    for (size_t s = first; s <= t; s++) {
+        p[s] = exp(p[s] - most);
+        total += p[s];
+    }
     for (size_t i = 0; i < shape->head_size; i++) {
         double value = 0;
         for (size_t s = first; s <= t; s++)
-            value += exp(p[s] - lse) * v[row_of(shape, b, s, shape->n_kv_head, g) + i];
+            value += p[s] / total * v[row_of(shape, b, s, shape->n_kv_head, g) + i];
         y[i] = (float)value;
     }
-    return lse;
+    return most + log(total);
 }
 
 void plain_attention_forward(poe_backend *be, float *y, float *lse, const float *q, const float *k, const float *v,
