@@ -10,11 +10,14 @@
 
 #include "src/status.h"
 
+enum { POE_H5_DIMENSIONS = 4 }; /* the most of an array */
+
 typedef struct poe_h5 poe_h5;
 
 poe_status poe_h5_create(const char *path, poe_h5 **file); /* truncates; POE_FAILED: said */
 poe_status poe_h5_open(const char *path, poe_h5 **file);   /* for reading; POE_BAD_INPUT: said */
-/* Frees `file` in any case; the first failure of all calls on it, if any, is returned again. */
+/* Frees `file` in any case; the first failure of all calls on it, if any, is returned again. A written file is synced,
+ * and its arrays are read back and compared. */
 poe_status poe_h5_close(poe_h5 *file);
 
 /* `path` within the file: groups are made as needed. Little-endian IEEE on disk; attribute "crc32c" of the values. */
@@ -24,7 +27,7 @@ poe_status poe_h5_read(poe_h5 *file, const char *path, int ndim, const size_t *s
 poe_status poe_h5_write_integer(poe_h5 *file, const char *path, const char *attribute, int64_t value); /* of a group or dataset */
 poe_status poe_h5_read_integer(poe_h5 *file, const char *path, const char *attribute, int64_t *value);
 poe_status poe_h5_write_text(poe_h5 *file, const char *path, const char *attribute, const char *value);
-/* Calls visit for every dataset in name order. */
+/* Calls visit for every dataset in name order; it may read from the file. */
 typedef void (*poe_h5_visit)(void *arg, const char *path, int ndim, const size_t *shape);
 poe_status poe_h5_each(poe_h5 *file, poe_h5_visit visit, void *arg);
 

@@ -13,9 +13,9 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include "src/crc32c.h"
 #include "src/files.h"
 #include "src/log.h"
+#include "src/pieces.h"
 
 /* A tensor and where its bytes are: begin and end count from the start of the data, which follows the header. The
  * public part comes first, so that a pointer to it is one to the entry. */
@@ -263,22 +263,15 @@ void poe_safetensors_read(const poe_safetensors *file, const poe_safetensor *ten
 
 /* --- writing ---------------------------------------------------------------------------------------------------- */
 
-/* What was written where: shows, at the end, that every byte was written once and that the disk holds it. */
-typedef struct piece {
-    uint64_t begin, end; /* within the file */
-    uint32_t crc;
-} piece;
-
 struct poe_safetensors_writer {
     char path[POE_PATH_MAX], temporary[POE_PATH_MAX];
     int fd;
     uint64_t data_begin, size;
     entry *entries;
     size_t count;
-    piece *pieces;
-    size_t n_pieces, room;
+    poe_pieces pieces;
     bool failed;
-    unsigned char buffer[1 << 16];
+    unsigned char half[1 << 16]; /* values on their way to bf16 */
 };
 
 static poe_status writer_failed(poe_safetensors_writer *writer, const char *what)
@@ -292,15 +285,10 @@ static poe_status put(poe_safetensors_writer *writer, uint64_t offset, const voi
 {
     if (bytes == 0)
         return POE_OK;
-    if (writer->n_pieces == writer->room) {
-        size_t room = writer->room ? 2 * writer->room : 64;
-        piece *pieces = realloc(writer->pieces, room * sizeof(*pieces));
-        if (!pieces)
-            return writer_failed(writer, "write");
-        writer->pieces = pieces;
-        writer->room = room;
+    if (poe_pieces_add(&writer->pieces, offset, data, bytes)) {
+        writer->failed = true;
+        return POE_FAILED;
     }
-    writer->pieces[writer->n_pieces++] = (piece){offset, offset + bytes, poe_crc32c(0, data, bytes)};
     for (size_t done = 0; done < bytes;) {
         ssize_t n = pwrite(writer->fd, (const char *)data + done, bytes - done, (off_t)(offset + done));
         if (n < 0 && errno == EINTR)
@@ -406,13 +394,13 @@ static poe_status put_bf16(poe_safetensors_writer *writer, uint64_t offset, size
 {
     poe_status status = POE_OK;
     for (size_t done = 0; done < n && !status;) {
-        size_t m = n - done < sizeof(writer->buffer) / 2 ? n - done : sizeof(writer->buffer) / 2;
+        size_t m = n - done < sizeof(writer->half) / 2 ? n - done : sizeof(writer->half) / 2;
         for (size_t i = 0; i < m; i++) {
             uint16_t half = to_bf16(values[done + i]);
-            writer->buffer[2 * i] = (unsigned char)half;
-            writer->buffer[2 * i + 1] = (unsigned char)(half >> 8);
+            writer->half[2 * i] = (unsigned char)half;
+            writer->half[2 * i + 1] = (unsigned char)(half >> 8);
         }
-        status = put(writer, offset + 2 * done, writer->buffer, 2 * m);
+        status = put(writer, offset + 2 * done, writer->half, 2 * m);
         done += m;
     }
     return status;
@@ -435,54 +423,15 @@ poe_status poe_safetensors_writer_write(poe_safetensors_writer *writer, const ch
     return e->tensor.dtype == POE_F32 ? put(writer, offset, values, 4 * n) : put_bf16(writer, offset, n, values);
 }
 
-static poe_status read_back(poe_safetensors_writer *writer, const piece *p)
-{
-    uint32_t crc = 0;
-    for (uint64_t at = p->begin; at < p->end;) {
-        size_t want = p->end - at < sizeof(writer->buffer) ? p->end - at : sizeof(writer->buffer);
-        ssize_t n = pread(writer->fd, writer->buffer, want, (off_t)at);
-        if (n < 0 && errno == EINTR)
-            continue;
-        if (n < 0)
-            return writer_failed(writer, "read back");
-        if (n == 0)
-            break;
-        crc = poe_crc32c(crc, writer->buffer, (size_t)n);
-        at += (uint64_t)n;
-    }
-    if (crc == p->crc)
-        return POE_OK;
-    poe_error("%s does not read back as it was written", writer->temporary);
-    return POE_FAILED;
-}
-
-static int by_place(const void *a, const void *b)
-{
-    const piece *x = a, *y = b;
-    if (x->begin != y->begin)
-        return x->begin < y->begin ? -1 : 1;
-    return x->end < y->end ? -1 : x->end > y->end;
-}
-
 /* Every byte of the file written exactly once, and found on the disk. */
 static poe_status verify(poe_safetensors_writer *writer)
 {
-    if (fsync(writer->fd))
-        return writer_failed(writer, "sync");
-    posix_fadvise(writer->fd, 0, 0, POSIX_FADV_DONTNEED); /* so that the disk answers, not the page cache */
-    qsort(writer->pieces, writer->n_pieces, sizeof(*writer->pieces), by_place);
+    poe_status status = poe_pieces_check(&writer->pieces, writer->fd, writer->temporary);
     uint64_t end = 0;
-    for (size_t i = 0; i < writer->n_pieces; i++) {
-        const piece *p = &writer->pieces[i];
-        if (p->begin != end)
-            break;
-        poe_status status = read_back(writer, p);
-        if (status)
-            return status;
-        end = p->end;
-    }
-    if (end == writer->size)
-        return POE_OK;
+    for (size_t i = 0; i < writer->pieces.count && writer->pieces.at[i].begin == end; i++)
+        end = writer->pieces.at[i].end;
+    if (status || end == writer->size)
+        return status;
     poe_error("%s was not written: its bytes from %llu on are missing or were given twice", writer->path,
               (unsigned long long)end);
     return POE_FAILED;
@@ -511,6 +460,6 @@ void poe_safetensors_writer_discard(poe_safetensors_writer *writer)
     unlink(writer->temporary);
     poe_temporary_forget(writer->temporary);
     free(writer->entries);
-    free(writer->pieces);
+    free(writer->pieces.at);
     free(writer);
 }

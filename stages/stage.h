@@ -36,6 +36,8 @@ poe_status poe_stage_create(const poe_model *model, const poe_stage_settings *se
                             poe_stage **stage);
 void poe_stage_destroy(poe_stage *stage); /* NULL is legal */
 
+const poe_model *poe_stage_model(const poe_stage *stage);
+
 /* The tensors and where they are. Own: this stage's alone. Shared: its replica of wte, lm_head, smear. Gradients are
  * laid out as the values, with one exception: under ps the gradient of W_head + W_head_k goes equally to both, is kept
  * once, as lm_head's, and the own gradients end before lm_head_stages.k, which stands last in the own table. */

@@ -4,6 +4,11 @@
 #include "stages/stage.h"
 #include "stages/stage_impl.h"
 
+const poe_model *poe_stage_model(const poe_stage *stage)
+{
+    return stage->model;
+}
+
 const poe_tensor_table *poe_stage_own_table(const poe_stage *stage)
 {
     return &stage->own.table;
