@@ -28,7 +28,11 @@ poe_status poe_read_file(const char *path, const char *what, char **data, size_t
 /* Writes `path` through `path`.tmp, synced and renamed; nothing is left behind on failure (POE_FAILED). */
 poe_status poe_write_file(const char *path, const void *data, size_t size);
 
-/* Length and CRC-32C of a file, read back from the disk. */
+/* The last step of any such write: syncs the closed file `temporary`, renames it to `path` (on the same file system),
+ * syncs the directory and forgets the temporary name. On failure the temporary file is gone (POE_FAILED). */
+poe_status poe_replace_file(const char *temporary, const char *path);
+
+/* Length and CRC-32C of a file, read back from the disk. POE_BAD_INPUT: cannot be opened; POE_FAILED: nor read. */
 poe_status poe_checksum_file(const char *path, uint64_t *size, uint32_t *crc);
 
 /* fsync of a file or directory by name. */
@@ -38,8 +42,8 @@ poe_status poe_sync_path(const char *path);
 poe_status poe_remove_tree(const char *path);
 
 /* Temporary paths that must not outlive a killed process: registered while they exist; poe_temporary_remove_all()
- * removes what is registered (called from a signal thread before _exit; takes no lock that a writer holds for long).
- * At most 64 at a time. */
+ * removes what is registered, files and directories (called from a signal thread before _exit; takes no lock that a
+ * writer holds for long). */
 void poe_temporary_register(const char *path);
 void poe_temporary_forget(const char *path);
 void poe_temporary_remove_all(void);
