@@ -5,7 +5,7 @@
 
 #include "src/options_table.h"
 
-enum { HELP_COLUMN = 31, HELP_WIDTH = 99 };
+enum { HELP_COLUMN = 34, HELP_WIDTH = 99 };
 
 static const char *const usages[] = {
     [POE_COMMAND_TRAIN] = "Usage: poe-pipe [flags]                       train (all flags below)\n"
@@ -49,19 +49,18 @@ static const char *const examples[] = {
                          "  poe-pipe data --data a.jsonl --data b.jsonl --tokenizer tokenizer.json --out data/ab\n",
 };
 
-/* Prints `text` from HELP_COLUMN on, broken between words; the cursor is in `column`. */
-static void print_wrapped(const char *text, int column) {
-    while (*text) {
-        int length = (int)strcspn(text, " ");
-        if (column + length > HELP_WIDTH) {
+/* Prints `text` from HELP_COLUMN on, broken between words. */
+static void print_wrapped(const char *text)
+{
+    int column = HELP_COLUMN;
+    for (const char *word = text; *word;) {
+        int length = (int)strcspn(word, " ");
+        bool first = word == text, breaks = column + 1 + length > HELP_WIDTH;
+        if (breaks)
             printf("\n%*s", HELP_COLUMN, "");
-            column = HELP_COLUMN;
-        }
-        printf("%.*s", length, text);
-        column += length;
-        text += length;
-        for (; *text == ' '; text++, column++)
-            putchar(' ');
+        column = breaks ? HELP_COLUMN : column;
+        column += printf("%s%.*s", first || breaks ? "" : " ", length, word);
+        word += length + (int)strspn(word + length, " ");
     }
     putchar('\n');
 }
@@ -75,10 +74,10 @@ static void print_option(const poe_option *option) {
         snprintf(right, sizeof(right), "%s [%s]", option->help, option->fallback);
     else
         snprintf(right, sizeof(right), "%s", option->help);
-    int column = printf("%-*s", HELP_COLUMN, left);
-    if (column > HELP_COLUMN)
-        column = printf("\n%*s", HELP_COLUMN, "") - 1;
-    print_wrapped(right, column);
+    printf("%-*s", HELP_COLUMN, left);
+    if (strlen(left) > HELP_COLUMN - 2)
+        printf("\n%*s", HELP_COLUMN, "");
+    print_wrapped(right);
 }
 
 void poe_options_help(poe_command command) {
