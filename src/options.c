@@ -204,10 +204,13 @@ static poe_status apply_json(poe_options *options, json_t *object, const char *p
 /* --- the resumed run -------------------------------------------------------------------------------------------------
  */
 
-/* The run folder of the checkpoint folder `path`: two levels up. */
-static poe_status folder_of_checkpoint(const char *path, char folder[POE_PATH_MAX]) {
-    char *whole = realpath(path, NULL);
-    poe_status status = poe_path(folder, "%s", whole ? dirname(dirname(whole)) : "");
+/* The run folder of the checkpoint folder RUN/checkpoints/NAME; "" when that is not where it lies. */
+static poe_status folder_of_checkpoint(const char *path, char folder[POE_PATH_MAX])
+{
+    char *whole = realpath(path, NULL), *parent = whole ? dirname(whole) : NULL;
+    const char *name = parent ? strrchr(parent, '/') : NULL;
+    bool in_run = name && strcmp(name, "/checkpoints") == 0;
+    poe_status status = poe_path(folder, "%s", in_run ? dirname(parent) : "");
     free(whole);
     return status;
 }
@@ -256,7 +259,7 @@ static poe_status read_resumed(sources *from, const char *what, const char *out)
     }
     if (status == POE_OK)
         status = folder_of_checkpoint(what, from->run_folder);
-    if (status == POE_OK)
+    if (status == POE_OK && from->run_folder[0])
         status = try_run_folder(from, from->run_folder, &found);
     if (status != POE_OK || found)
         return status;
@@ -275,8 +278,8 @@ static poe_status check_unchanged(const sources *from, const json_t *before, con
             continue;
         char *new_text = json_dumps(value, JSON_ENCODE_ANY | JSON_COMPACT);
         char *old_text = old ? json_dumps(old, JSON_ENCODE_ANY | JSON_COMPACT) : NULL;
-        poe_error("%s: found %s, but the run of %s has %s, and resuming cannot change it", key, new_text,
-                  from->run_path, old_text ? old_text : "none");
+        poe_error("--%s: found %s, but the run of %s has %s, and resuming cannot change it",
+                  poe_option_find(key, strlen(key))->name, new_text, from->run_path, old_text ? old_text : "none");
         free(new_text);
         free(old_text);
         return POE_BAD_INPUT;

@@ -32,12 +32,12 @@ static const char *const usages[] = {
 
 static const char *const examples[] = {
     [POE_COMMAND_TRAIN] =
-        "  poe-pipe --ranks 4 --stages 16,6,5,5              four ranks on this machine, on the text that ships\n"
-        "  mpiexec -n 4 poe-pipe --stages 16,6,5,5           the same, started by yourself (source mpi.env first)\n"
-        "  poe-pipe --stages 2,2,2 --data book.txt           one process, a thread per stage\n"
-        "  poe-pipe --size 3b --dry-run                      parameters and memory per rank, nothing allocated\n"
-        "  poe-pipe --ranks 4 --resume latest --out runs/a   go on where a run stopped\n"
-        "  poe-pipe --config run.json --num-iterations 500   flags from a file, one of them changed\n"
+        "  poe-pipe --ranks 4 --stages 16,6,5,5             four ranks here, on the text that ships\n"
+        "  mpiexec -n 4 poe-pipe --stages 16,6,5,5          the same by hand (source mpi.env first)\n"
+        "  poe-pipe --stages 2,2,2 --data book.txt          one process, a thread per stage\n"
+        "  poe-pipe --size 3b --dry-run                     parameters and memory per rank, no more\n"
+        "  poe-pipe --ranks 4 --resume latest --out runs/a  go on where a run stopped\n"
+        "  poe-pipe --config run.json --num-iterations 500  flags from a file, one of them changed\n"
         "\n"
         "Signals: Ctrl-C or SIGTERM finishes the step, writes a checkpoint and stops (status 130, 143); a\n"
         "second one ends at once. SIGUSR2 makes every rank say what it waits for.\n",
@@ -74,9 +74,10 @@ static void print_option(const poe_option *option) {
         snprintf(right, sizeof(right), "%s [%s]", option->help, option->fallback);
     else
         snprintf(right, sizeof(right), "%s", option->help);
-    printf("%-*s", HELP_COLUMN, left);
     if (strlen(left) > HELP_COLUMN - 2)
-        printf("\n%*s", HELP_COLUMN, "");
+        printf("%s\n%*s", left, HELP_COLUMN, "");
+    else
+        printf("%-*s", HELP_COLUMN, left);
     print_wrapped(right);
 }
 

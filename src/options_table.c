@@ -98,7 +98,7 @@ const poe_option poe_option_table[] = {
 #define GROUP "Files"
     PATH("config", "FILE", config, TRAIN | GENERATE | DATA, CALL,
          "read flags from JSON: keys with _ for -; flags beside it win"),
-    PATH("out", "DIR", out, TRAIN | DATA, CALL, "the run's folder; without it runs/DATE-TIME"),
+    PATH("out", "DIR", out, TRAIN | DATA, CALL, "folder to write into; a run without it takes runs/DATE-TIME"),
     PATH("resume", "WHAT", resume, TRAIN, CALL, "go on: a run folder, a checkpoint, or latest (under --out)"),
     BOOL("resume-older", resume_older, TRAIN, CALL, "fall back to the newest whole checkpoint"),
     PATH("init-from", "FILE", init_from, TRAIN, LOCAL, "initial weights, .safetensors"),
@@ -202,7 +202,7 @@ const char *poe_nearest_word(const char *word, size_t length, const char *const 
             nearest = words[i];
         }
     }
-    int near = length > 9 ? (int)(length / 3) : length > 3 ? 3 : 1;
+    int near = length < 6 ? 1 : (int)(length / 3);
     return best <= near ? nearest : NULL;
 }
 
