@@ -12,7 +12,13 @@
 #include "src/files.h"
 #include "src/status.h"
 
-enum { POE_OPTION_STAGES = 128, POE_OPTION_FILES = 64, POE_OPTION_TEXT = 64 };
+enum {
+    POE_OPTION_STAGES = 128,
+    POE_OPTION_LAYERS = 1024, /* of all stages together */
+    POE_OPTION_FILES = 64,
+    POE_OPTION_TEXT = 64,
+    POE_OPTION_VOCAB = 1024, /* size of a tokenizer that is trained without --vocab-size */
+};
 
 typedef struct poe_stage_list {
     int count;
@@ -66,13 +72,14 @@ typedef struct poe_options {
     char kernels[POE_OPTION_TEXT]; /* auto | generic | avx2 | avx512 */
     bool dry_run;
     /* generation (poe-pipe generate) and other subcommands */
-    char *checkpoint, *prompt; /* owned */
+    char *checkpoint, *prompt; /* owned; inspect: checkpoint is its PATH */
     int max_tokens;
     double temperature;
     int top_k;
     int stage, prefix; /* -1: not given; neither: the full aggregate */
     /* help and version are answered by whoever parses: */
     bool help, version;
+    uint64_t given[2]; /* one bit per flag: poe_options_given() */
 } poe_options;
 
 /* Which program the flags are for: subcommands know only some of them. */
@@ -85,6 +92,7 @@ typedef enum poe_command {
 } poe_command;
 
 /* Fills `options` from the command line (argv[0] is skipped; a subcommand's name too) and everything it refers to.
+ * --resume without --out sets `out` to the run's folder. With --help or --version nothing else is looked at.
  * POE_BAD_INPUT: one sentence, naming the flag or file and key, what was found and what is allowed; an unknown flag
  * gets the nearest known one. In any case the caller calls poe_options_free(). */
 poe_status poe_options_parse(int argc, char **argv, poe_command *command, poe_options *options);

@@ -1,0 +1,131 @@
+/* SPDX-License-Identifier: MIT
+ * What must hold between flags and needs no model to be checked. */
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "src/log.h"
+#include "src/options_table.h"
+
+static poe_status check_sync(poe_options *options) {
+    int value, used = 0;
+    options->sync_delay = options->sync_every = 0;
+    if (strcmp(options->sync, "exact") == 0)
+        return POE_OK;
+    if (strcmp(options->sync, "stale") == 0)
+        strcpy(options->sync, "stale:1");
+    const char *colon = strchr(options->sync, ':');
+    size_t digits = colon ? strspn(colon + 1, "0123456789") : 0;
+    bool number = colon && digits > 0 && digits < 7 && !colon[1 + digits];
+    if (number && sscanf(options->sync, "stale:%d%n", &value, &used) == 1 && used && value >= 1 && value <= 1024) {
+        options->sync_delay = value;
+        return POE_OK;
+    }
+    if (number && sscanf(options->sync, "every:%d%n", &value, &used) == 1 && used && value >= 1) {
+        options->sync_every = value;
+        return POE_OK;
+    }
+    poe_error(
+        "--sync: found \"%s\", allowed is exact, stale, stale:D (D from 1 to 1024) or every:N (N from 1 to 999999)",
+        options->sync);
+    return POE_BAD_INPUT;
+}
+
+static poe_status check_batch(const poe_options *options) {
+    int64_t micro = (int64_t)options->device_batch_size * options->sequence_len;
+    int64_t total = options->total_batch_size, below = total / micro * micro;
+    if (total % micro == 0)
+        return POE_OK;
+    int64_t nearest = below == 0 || total - below > micro / 2 ? below + micro : below;
+    poe_error("--total-batch-size: found %lld, allowed are multiples of %lld tokens (--device-batch-size %d rows of "
+              "--sequence-len %d); the nearest is %lld",
+              (long long)total, (long long)micro, options->device_batch_size, options->sequence_len,
+              (long long)nearest);
+    return POE_BAD_INPUT;
+}
+
+static poe_status check_model(const poe_options *options) {
+    if (strcmp(options->objective, "hierarchical") == 0) {
+        poe_error("--objective hierarchical needs links that carry gradients back, which this version does not have; "
+                  "allowed is poe, or bp with a single stage");
+        return POE_BAD_INPUT;
+    }
+    if (options->window_pattern[strspn(options->window_pattern, "SL")]) {
+        poe_error("--window-pattern: found \"%s\", allowed are the letters S and L", options->window_pattern);
+        return POE_BAD_INPUT;
+    }
+    return POE_OK;
+}
+
+static poe_status check_ranks(const poe_options *options) {
+    if (options->ranks <= 1 || options->ranks == options->stages.count)
+        return POE_OK;
+    poe_error("--ranks: found %d with %d stages in --stages, allowed is one rank per stage (%d), or 1 for all of them",
+              options->ranks, options->stages.count, options->stages.count);
+    return POE_BAD_INPUT;
+}
+
+/* One sentence each: what must not be without, or beside, what. */
+static const char *conflict(const poe_options *options) {
+    bool latest = options->resume && strcmp(options->resume, "latest") == 0;
+    if (options->resume && options->init_from && poe_options_given(options, "init-from"))
+        return "--resume and --init-from exclude each other: both say where the weights come from";
+    if (latest && !options->out)
+        return "--resume latest needs --out, the folder of the run";
+    if (options->resume_older && !options->resume)
+        return "--resume-older needs --resume";
+    if (options->eval_only && !options->resume && !options->init_from)
+        return "--eval-only needs weights: --resume with a run or checkpoint, or --init-from FILE.safetensors";
+    if (options->eval_only && options->dry_run)
+        return "--eval-only and --dry-run exclude each other";
+    return NULL;
+}
+
+static poe_status check_train(poe_options *options) {
+    const char *sentence = conflict(options);
+    if (sentence) {
+        poe_error("%s", sentence);
+        return POE_BAD_INPUT;
+    }
+    poe_status status = check_sync(options);
+    if (status == POE_OK)
+        status = check_model(options);
+    if (status == POE_OK)
+        status = check_batch(options);
+    if (status == POE_OK)
+        status = check_ranks(options);
+    return status;
+}
+
+static const char *missing(const poe_options *options, poe_command command) {
+    bool checkpoint = options->checkpoint != NULL;
+    switch (command) {
+    case POE_COMMAND_GENERATE:
+        if (options->stage >= 0 && options->prefix >= 0)
+            return "--stage and --prefix exclude each other";
+        return !checkpoint ? "--checkpoint DIR" : !options->prompt ? "--prompt TEXT" : NULL;
+    case POE_COMMAND_INSPECT:
+        return !checkpoint ? "a path: a checkpoint, a run folder or one of their files" : NULL;
+    case POE_COMMAND_EXPORT:
+        return !checkpoint ? "--checkpoint DIR" : !options->export_path ? "--export FILE.safetensors" : NULL;
+    case POE_COMMAND_DATA:
+        if (options->tokenizer && options->vocab_size)
+            return "--tokenizer and --vocab-size exclude each other: a tokenizer has its size";
+        return !options->data.count ? "--data FILE" : !options->out ? "--out DIR" : NULL;
+    default:
+        return NULL;
+    }
+}
+
+poe_status poe_options_check(poe_options *options, poe_command command) {
+    if (command == POE_COMMAND_TRAIN)
+        return check_train(options);
+    const char *what = missing(options, command);
+    if (!what)
+        return POE_OK;
+    if (strstr(what, "exclude"))
+        poe_error("%s", what);
+    else
+        poe_error("%s needs %s", poe_command_title(command), what);
+    return POE_BAD_INPUT;
+}
