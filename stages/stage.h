@@ -52,7 +52,8 @@ void poe_stage_parameters_changed(poe_stage *stage);
 
 /* Forward of one micro-batch: b rows (<= B) of t positions (<= T). idx (b,t) in 0..V-1. h_in (b,t,C): the previous
  * stage's output, detached; NULL on stage 0, which starts from x0. h_out (b,t,C); NULL: nobody wants it. Everything
- * backward needs is kept until the next forward. All pointers are borrowed; idx and h_in must stay until poe_stage_backward() is done. */
+ * backward needs is kept until the next forward. All pointers are borrowed; idx and h_in must stay until
+ * poe_stage_backward() is done. */
 void poe_stage_forward(poe_stage *stage, size_t b, size_t t, const int32_t *idx, const float *h_in, float *h_out);
 
 /* Loss of the last forward against targets (b,t) (negative: ignored), and the local backward pass, gradients of
