@@ -1,7 +1,6 @@
 /* SPDX-License-Identifier: MIT */
 #include "src/documents.h"
 
-#include <errno.h>
 #include <jansson.h>
 #include <stdint.h>
 #include <stdlib.h>

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: MIT
  * Documents of one length queue in a bucket; the buckets are an array sorted by length. N tokens in the buffer have at
- * most sqrt(2 N) different lengths, so that shifting the array stays cheap for any number of documents. */
+ * most sqrt(2 N) different lengths, and the short ones, which go first, are at its end: shifting it stays cheap. */
 #include "src/packing.h"
 
 #include <assert.h>
@@ -21,7 +21,7 @@ typedef struct node {
 
 struct poe_packer {
     node *nodes;     /* by slot */
-    bucket *buckets; /* by length, ascending */
+    bucket *buckets; /* by length, descending */
     size_t capacity, n_buckets, count;
     size_t free_slot; /* the first of a list */
     size_t oldest, newest;
@@ -68,13 +68,13 @@ size_t poe_packer_count(const poe_packer *packer)
     return packer->count;
 }
 
-/* Number of buckets whose length is at most `length`. */
-static size_t buckets_up_to(const poe_packer *packer, size_t length)
+/* Number of buckets whose length is above `length`. */
+static size_t buckets_above(const poe_packer *packer, size_t length)
 {
     size_t low = 0, high = packer->n_buckets;
     while (low < high) {
         size_t middle = low + (high - low) / 2;
-        if (packer->buckets[middle].length <= length)
+        if (packer->buckets[middle].length > length)
             low = middle + 1;
         else
             high = middle;
@@ -95,9 +95,9 @@ size_t poe_packer_add(poe_packer *packer, size_t length)
     packer->newest = slot;
     packer->count++;
 
-    size_t place = buckets_up_to(packer, length);
-    if (place && packer->buckets[place - 1].length == length) {
-        bucket *same = &packer->buckets[place - 1];
+    size_t place = buckets_above(packer, length);
+    if (place < packer->n_buckets && packer->buckets[place].length == length) {
+        bucket *same = &packer->buckets[place];
         packer->nodes[same->last].after_in_bucket = slot;
         same->last = slot;
     } else {
@@ -113,8 +113,8 @@ size_t poe_packer_take(poe_packer *packer, size_t room)
 {
     if (!packer->count)
         return POE_NO_SLOT;
-    size_t fitting = buckets_up_to(packer, room);
-    bucket *chosen = &packer->buckets[fitting ? fitting - 1 : 0];
+    size_t place = buckets_above(packer, room);
+    bucket *chosen = &packer->buckets[place < packer->n_buckets ? place : packer->n_buckets - 1];
     size_t slot = chosen->first;
     node *taken = &packer->nodes[slot];
     chosen->first = taken->after_in_bucket;
