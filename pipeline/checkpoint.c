@@ -136,10 +136,10 @@ typedef struct saving {
     poe_stage *stage;
     int stage_number;
     const poe_pending *pending;
-    json_t *facts;                        /* rank 0's, with what load needs to know */
+    json_t *facts; /* rank 0's, with what load needs to know */
     char temporary[POE_PATH_MAX], final[POE_PATH_MAX];
-    poe_manifest_file own, shared;        /* shared: leaders */
-    bool published, exchanged;            /* has its final name; the temporary name has what had it before */
+    poe_manifest_file own, shared; /* shared: leaders */
+    bool published, exchanged;     /* has its final name; the temporary name has what had it before */
 } saving;
 
 static poe_status save_agree(saving *s, poe_status mine)
@@ -319,7 +319,8 @@ static void undo_rename(saving *s)
         rename(s->final, s->temporary);
 }
 
-/* A rank that is lost does not say whether the others have renamed, so then the new one stays, and no older one goes. */
+/* A rank that is lost does not say whether the others have renamed, so then the new one stays, and no older one goes.
+ */
 static poe_status publish(saving *s)
 {
     poe_log_hold(true);
@@ -343,11 +344,26 @@ static poe_status save(saving *s, const json_t *facts)
     return status;
 }
 
+/* What a failure left, or what the new one replaced; and the oldest ones. Failing here costs only space, and is said
+ * unless the save itself has failed. */
+static void tidy(const saving *s, bool saved)
+{
+    poe_log_hold(true);
+    poe_remove_tree(s->temporary);
+    if (saved)
+        poe_checkpoint_clean(s->store->folder, s->step, s->store->keep);
+    poe_log_settle(saved);
+}
+
 poe_status poe_checkpoint_save(poe_checkpoint_store *store, int64_t step, poe_stage *stage, int stage_number,
                                const poe_pending *pending, const json_t *facts, char *path)
 {
-    saving s = {.store = store, .leads = store->leader == poe_comm_rank(store->comm), .step = step, .stage = stage,
-                .stage_number = stage_number, .pending = pending};
+    saving s = {.store = store,
+                .leads = store->leader == poe_comm_rank(store->comm),
+                .step = step,
+                .stage = stage,
+                .stage_number = stage_number,
+                .pending = pending};
     poe_log_hold(true);
     poe_status status = poe_path(s.final, "%s/step-%08" PRId64, store->folder, step);
     if (!status)
@@ -357,11 +373,8 @@ poe_status poe_checkpoint_save(poe_checkpoint_store *store, int64_t step, poe_st
         return status;
     poe_temporary_register(s.temporary);
     status = save(&s, facts);
-    if (s.leads) {
-        poe_remove_tree(s.temporary); /* of a failure, or what the new one replaced */
-        if (!status)
-            poe_checkpoint_clean(store->folder, step, store->keep); /* a failure has been said and costs only space */
-    }
+    if (s.leads)
+        tidy(&s, status == POE_OK);
     poe_temporary_forget(s.temporary);
     json_decref(s.facts);
     if (!status && path)
