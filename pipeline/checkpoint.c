@@ -444,6 +444,7 @@ typedef struct search {
     int64_t *steps;            /* in folder, newest first */
     int count;
     int64_t before; /* only steps before this one are considered */
+    bool speaks;               /* of the ranks, about the last candidate */
 } search;
 
 static bool exists(const char *folder, const char *name)
@@ -536,7 +537,7 @@ static uint32_t identity(const json_t *facts)
 }
 
 /* The worst verdict of all ranks; the first rank that found damage says what it is. */
-static poe_status judge(const search *s, const char *folder, bool named, json_t **facts, verdict *worst)
+static poe_status judge(search *s, const char *folder, bool named, json_t **facts, verdict *worst)
 {
     typedef struct opinion {
         uint32_t verdict, identity;
@@ -553,6 +554,7 @@ static poe_status judge(const search *s, const char *folder, bool named, json_t 
         *worst = all[r].verdict > *worst ? (verdict)all[r].verdict : *worst;
     }
     poe_log_settle(status || speaker == rank);
+    s->speaks = rank == (speaker < 0 ? 0 : speaker);
     for (int r = 1; r < poe_comm_size(s->comm) && !status && *worst == WHOLE; r++) {
         if (all[r].identity == all[0].identity)
             continue;
@@ -570,13 +572,12 @@ static poe_status judge(const search *s, const char *folder, bool named, json_t 
 /* Whether the search may go on after a checkpoint that cannot be used. */
 static poe_status pass_over(const search *s, const char *folder, verdict worst, bool use_older)
 {
-    bool speaks = poe_comm_rank(s->comm) == 0;
     if (worst == DAMAGED && !use_older) {
-        if (speaks)
+        if (s->speaks)
             poe_info("--resume-older goes on from the newest whole checkpoint before %s", folder);
         return POE_BAD_INPUT;
     }
-    if (speaks)
+    if (s->speaks)
         poe_warn("%s is not whole on every rank; looking for the one before it", folder);
     return POE_OK;
 }
