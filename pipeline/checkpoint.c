@@ -136,10 +136,10 @@ typedef struct saving {
     poe_stage *stage;
     int stage_number;
     const poe_pending *pending;
-    json_t *facts;                        /* rank 0's, with what load needs to know */
+    json_t *facts; /* rank 0's, with what load needs to know */
     char temporary[POE_PATH_MAX], final[POE_PATH_MAX];
-    poe_manifest_file own, shared;        /* shared: leaders */
-    bool published, exchanged;            /* has its final name; the temporary name has what had it before */
+    poe_manifest_file own, shared; /* shared: leaders */
+    bool published, exchanged;     /* has its final name; the temporary name has what had it before */
 } saving;
 
 static poe_status save_agree(saving *s, poe_status mine)
@@ -319,7 +319,8 @@ static void undo_rename(saving *s)
         rename(s->final, s->temporary);
 }
 
-/* A rank that is lost does not say whether the others have renamed, so then the new one stays, and no older one goes. */
+/* A rank that is lost does not say whether the others have renamed, so then the new one stays, and no older one goes.
+ */
 static poe_status publish(saving *s)
 {
     poe_log_hold(true);
@@ -343,11 +344,26 @@ static poe_status save(saving *s, const json_t *facts)
     return status;
 }
 
+/* What a failure left, or what the new one replaced; and the oldest ones. Failing here costs only space, and is said
+ * unless the save itself has failed. */
+static void tidy(const saving *s, bool saved)
+{
+    poe_log_hold(true);
+    poe_remove_tree(s->temporary);
+    if (saved)
+        poe_checkpoint_clean(s->store->folder, s->step, s->store->keep);
+    poe_log_settle(saved);
+}
+
 poe_status poe_checkpoint_save(poe_checkpoint_store *store, int64_t step, poe_stage *stage, int stage_number,
                                const poe_pending *pending, const json_t *facts, char *path)
 {
-    saving s = {.store = store, .leads = store->leader == poe_comm_rank(store->comm), .step = step, .stage = stage,
-                .stage_number = stage_number, .pending = pending};
+    saving s = {.store = store,
+                .leads = store->leader == poe_comm_rank(store->comm),
+                .step = step,
+                .stage = stage,
+                .stage_number = stage_number,
+                .pending = pending};
     poe_log_hold(true);
     poe_status status = poe_path(s.final, "%s/step-%08" PRId64, store->folder, step);
     if (!status)
@@ -357,11 +373,8 @@ poe_status poe_checkpoint_save(poe_checkpoint_store *store, int64_t step, poe_st
         return status;
     poe_temporary_register(s.temporary);
     status = save(&s, facts);
-    if (s.leads) {
-        poe_remove_tree(s.temporary); /* of a failure, or what the new one replaced */
-        if (!status)
-            poe_checkpoint_clean(store->folder, step, store->keep); /* a failure has been said and costs only space */
-    }
+    if (s.leads)
+        tidy(&s, status == POE_OK);
     poe_temporary_forget(s.temporary);
     json_decref(s.facts);
     if (!status && path)
@@ -431,6 +444,7 @@ typedef struct search {
     int64_t *steps;            /* in folder, newest first */
     int count;
     int64_t before; /* only steps before this one are considered */
+    bool speaks;               /* of the ranks, about the last candidate */
 } search;
 
 static bool exists(const char *folder, const char *name)
@@ -523,7 +537,7 @@ static uint32_t identity(const json_t *facts)
 }
 
 /* The worst verdict of all ranks; the first rank that found damage says what it is. */
-static poe_status judge(const search *s, const char *folder, bool named, json_t **facts, verdict *worst)
+static poe_status judge(search *s, const char *folder, bool named, json_t **facts, verdict *worst)
 {
     typedef struct opinion {
         uint32_t verdict, identity;
@@ -540,6 +554,7 @@ static poe_status judge(const search *s, const char *folder, bool named, json_t 
         *worst = all[r].verdict > *worst ? (verdict)all[r].verdict : *worst;
     }
     poe_log_settle(status || speaker == rank);
+    s->speaks = rank == (speaker < 0 ? 0 : speaker);
     for (int r = 1; r < poe_comm_size(s->comm) && !status && *worst == WHOLE; r++) {
         if (all[r].identity == all[0].identity)
             continue;
@@ -557,13 +572,12 @@ static poe_status judge(const search *s, const char *folder, bool named, json_t 
 /* Whether the search may go on after a checkpoint that cannot be used. */
 static poe_status pass_over(const search *s, const char *folder, verdict worst, bool use_older)
 {
-    bool speaks = poe_comm_rank(s->comm) == 0;
     if (worst == DAMAGED && !use_older) {
-        if (speaks)
+        if (s->speaks)
             poe_info("--resume-older goes on from the newest whole checkpoint before %s", folder);
         return POE_BAD_INPUT;
     }
-    if (speaks)
+    if (s->speaks)
         poe_warn("%s is not whole on every rank; looking for the one before it", folder);
     return POE_OK;
 }

@@ -77,8 +77,8 @@ static poe_status visit_tensors(walk *w, poe_stage *stage, bool shared)
         bool slice = tensor->group == POE_GROUP_RESID || tensor->group == POE_GROUP_X0;
         char name[2 * POE_NAME_MAX];
         snprintf(name, sizeof(name), "/parameters/%s", tensor->name);
-        poe_status status = visit_array(w, name, tensor->ndim, tensor->ndim == 2 ? matrix : vector,
-                                        values + tensor->offset);
+        poe_status status =
+            visit_array(w, name, tensor->ndim, tensor->ndim == 2 ? matrix : vector, values + tensor->offset);
         if (!status && slice)
             status = visit_fixed(w, name, "first", (int64_t)tensor->first);
         if (!status)
@@ -150,8 +150,8 @@ static poe_status walk_file(walk_mode mode, const char *path, int64_t step, poe_
     poe_status status = mode == WRITE ? poe_h5_create(path, &w.file) : poe_h5_open(path, &w.file);
     if (status)
         return status;
-    status = stage_number < 0 ? walk_shared(&w, step, stage, pending)
-                              : walk_stage(&w, step, stage, stage_number, pending);
+    status =
+        stage_number < 0 ? walk_shared(&w, step, stage, pending) : walk_stage(&w, step, stage, stage_number, pending);
     poe_status closed = poe_h5_close(w.file);
     return status ? status : closed;
 }
@@ -181,8 +181,7 @@ poe_status poe_shared_file_write(const char *path, int64_t step, poe_stage *stag
     return walk_file(WRITE, path, step, stage, -1, pending);
 }
 
-poe_status poe_stage_file_read(const char *path, int64_t step, poe_stage *stage, int stage_number,
-                               poe_pending *pending)
+poe_status poe_stage_file_read(const char *path, int64_t step, poe_stage *stage, int stage_number, poe_pending *pending)
 {
     return walk_file(READ, path, step, stage, stage_number, pending);
 }

@@ -33,7 +33,6 @@ static bool start(void)
 {
     if (H5dont_atexit() < 0 || H5open() < 0) /* its clean-up at exit crashes after a failed close */
         return false;
-    H5Eset_auto2(H5E_DEFAULT, NULL, NULL); /* we say what failed; its own stack of lines stays away */
     access_list = H5Pcreate(H5P_FILE_ACCESS);
     dataset_list = H5Pcreate(H5P_DATASET_CREATE);
     group_list = H5Pcreate(H5P_GROUP_CREATE);
@@ -49,7 +48,8 @@ static bool enter(void)
 {
     pthread_mutex_lock(&lock);
     started = started || start();
-    errno = 0; /* of a system call within the library, if one is what fails */
+    H5Eset_auto2(H5E_DEFAULT, NULL, NULL); /* a thread's own setting: we say what failed, not its stack of lines */
+    errno = 0;                             /* of a system call within the library, if one is what fails */
     return started;
 }
 
@@ -123,8 +123,7 @@ poe_status poe_h5_open(const char *path, poe_h5 **file)
 static poe_status read_back(poe_h5 *file)
 {
     int fd = open(file->path, O_RDONLY | O_CLOEXEC);
-    if (fd < 0)
-        {
+    if (fd < 0) {
         poe_error("cannot read %s back: %s", file->path, strerror(errno));
         return POE_FAILED;
     }

@@ -46,9 +46,9 @@ static json_t *build(const json_t *facts, const poe_manifest_file *files, int n_
     json_t *manifest = json_copy((json_t *)facts), *table = json_object();
     int failures = json_object_set_new(manifest, "format", json_integer(FORMAT));
     for (int i = 0; i < n_files; i++)
-        failures |= json_object_set_new(table, files[i].name,
-                                        json_pack("{s:I, s:I}", "size", (json_int_t)files[i].size, "crc32c",
-                                                  (json_int_t)files[i].crc));
+        failures |= json_object_set_new(
+            table, files[i].name,
+            json_pack("{s:I, s:I}", "size", (json_int_t)files[i].size, "crc32c", (json_int_t)files[i].crc));
     failures |= json_object_set_new(manifest, "files", table);
     if (!failures)
         return manifest;
@@ -64,8 +64,7 @@ poe_status poe_manifest_write(const char *folder, const json_t *facts, const poe
     if (status)
         return status;
     json_t *manifest = build(facts, files, n_files);
-    if (manifest && checksum(manifest, &crc) == POE_OK &&
-        !json_object_set_new(manifest, "checksum", json_integer(crc)))
+    if (manifest && checksum(manifest, &crc) == POE_OK && !json_object_set_new(manifest, "checksum", json_integer(crc)))
         text = json_dumps(manifest, JSON_INDENT(1));
     if (text) {
         status = poe_write_file(path, text, strlen(text));

@@ -17,10 +17,10 @@ typedef struct poe_manifest_file {
     uint32_t crc;
 } poe_manifest_file;
 
-/* Writes manifest.json into `folder`: `facts` (an object, borrowed) with the files' table added, and its own checksum. */
+/* Writes manifest.json into `folder`: `facts` (an object, borrowed), the files' table, and its own checksum. */
 poe_status poe_manifest_write(const char *folder, const json_t *facts, const poe_manifest_file *files, int n_files);
 
-/* Reads and checks manifest.json alone; *facts is a new reference. POE_BAD_INPUT: said (when `loud`), naming the file. */
+/* Reads and checks manifest.json alone; *facts is a new reference. POE_BAD_INPUT: said when `loud`. */
 poe_status poe_manifest_read(const char *folder, bool loud, json_t **facts);
 /* Checks length and CRC of one file, or with name NULL of all, against the manifest. Said when `loud`. A file that is
  * not in the manifest is POE_BAD_INPUT too. */

@@ -26,7 +26,7 @@ typedef struct entry {
 
 struct poe_safetensors {
     unsigned char *map;
-    size_t size;              /* of the file */
+    size_t size;               /* of the file */
     const unsigned char *data; /* within map */
     uint64_t data_size;
     entry *entries;
@@ -69,7 +69,8 @@ static poe_status parse_dtype(const char *path, const json_t *object, poe_safete
     else if (name && strcmp(name, "BF16") == 0)
         tensor->dtype = POE_BF16;
     else
-        return refuse(path, "tensor %s has dtype %.32s; F32 and BF16 are allowed", tensor->name, name ? name : "(none)");
+        return refuse(path, "tensor %s has dtype %.32s; F32 and BF16 are allowed", tensor->name,
+                      name ? name : "(none)");
     return POE_OK;
 }
 
@@ -109,7 +110,8 @@ static poe_status parse_entry(const char *path, const char *name, const json_t *
         return refuse(path, "tensor %s has no data_offsets of two integers", name);
     json_int_t b = json_integer_value(begin), n = json_integer_value(end);
     if (b < 0 || n < b || (uint64_t)n > data_size)
-        return refuse(path, "tensor %s lies at %" JSON_INTEGER_FORMAT "..%" JSON_INTEGER_FORMAT ", the data has %llu bytes",
+        return refuse(path,
+                      "tensor %s lies at %" JSON_INTEGER_FORMAT "..%" JSON_INTEGER_FORMAT ", the data has %llu bytes",
                       name, b, n, (unsigned long long)data_size);
     e->begin = (uint64_t)b;
     e->end = (uint64_t)n;
@@ -186,7 +188,8 @@ static poe_status read_header(const char *path, poe_safetensors *file)
     for (int i = 7; i >= 0; i--)
         length = length << 8 | file->map[i];
     if (length > file->size - 8)
-        return refuse(path, "its header should have %llu bytes, the file has %zu", (unsigned long long)length, file->size);
+        return refuse(path, "its header should have %llu bytes, the file has %zu", (unsigned long long)length,
+                      file->size);
     file->data = file->map + 8 + length;
     file->data_size = file->size - 8 - length;
     json_error_t error;
@@ -247,7 +250,8 @@ const poe_safetensor *poe_safetensors_find(const poe_safetensors *file, const ch
     return NULL;
 }
 
-void poe_safetensors_read(const poe_safetensors *file, const poe_safetensor *tensor, size_t first, size_t n, float *values)
+void poe_safetensors_read(const poe_safetensors *file, const poe_safetensor *tensor, size_t first, size_t n,
+                          float *values)
 {
     size_t width = dtype_size(tensor->dtype);
     const unsigned char *from = file->data + ((const entry *)tensor)->begin + first * width;

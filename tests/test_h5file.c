@@ -241,8 +241,9 @@ static void check_mutations(void)
 
 static void check_list_and_clean(void)
 {
-    static const char *const names[] = {"c/step-00000005", "c/step-00000030", "c/step-00000100", "c/step-123456789",
-                                        "c/step-7", "c/.step-00000200.tmp", "c/other"};
+    static const char *const names[] = {"c/step-00000005",  "c/step-00000030", "c/step-00000100",
+                                        "c/step-123456789", "c/step-7",        "c/.step-00000200.tmp",
+                                        "c/other"};
     char path[POE_PATH_MAX];
     int64_t *steps;
     int count;

@@ -97,8 +97,14 @@ static void check_round_trip(void)
 
 static void check_bf16_rounding(void)
 {
-    static const float in[] = {1.0f, 1.00390625f /* tie, down to even */, 1.01171875f /* tie, up to even */,
-                               1.0039064f /* just above the tie */, -0.0f, 3.4e38f, INFINITY, NAN};
+    static const float in[] = {1.0f,
+                               1.00390625f /* tie, down to even */,
+                               1.01171875f /* tie, up to even */,
+                               1.0039064f /* just above the tie */,
+                               -0.0f,
+                               3.4e38f,
+                               INFINITY,
+                               NAN};
     static const float out[] = {1.0f, 1.0f, 1.015625f, 1.0078125f, -0.0f, INFINITY, INFINITY};
     const poe_safetensor tensor = {"x", 1, {8, 1}, POE_BF16};
     char path[POE_PATH_MAX];
@@ -170,9 +176,11 @@ static void check_refused(void)
         {"{\"a\":{\"dtype\":\"F32\",\"shape\":[4611686018427387904,4],\"data_offsets\":[0,0]}}", POE_BAD_INPUT},
         {"{\"a\":{\"dtype\":\"F32\",\"shape\":[99999999999999999999],\"data_offsets\":[0,0]}}", POE_BAD_INPUT},
         {"{\"a\":{\"dtype\":\"F32\",\"shape\":[1],\"data_offsets\":[0,4]},"
-         "\"a\":{\"dtype\":\"F32\",\"shape\":[1],\"data_offsets\":[4,8]}}", POE_BAD_INPUT},
+         "\"a\":{\"dtype\":\"F32\",\"shape\":[1],\"data_offsets\":[4,8]}}",
+         POE_BAD_INPUT},
         {"{\"a\":{\"dtype\":\"F32\",\"shape\":[2],\"data_offsets\":[0,8]},"
-         "\"b\":{\"dtype\":\"F32\",\"shape\":[2],\"data_offsets\":[4,12]}}", POE_BAD_INPUT},
+         "\"b\":{\"dtype\":\"F32\",\"shape\":[2],\"data_offsets\":[4,12]}}",
+         POE_BAD_INPUT},
     };
     char path[POE_PATH_MAX], bytes[1024];
     in_folder(path, "refused.safetensors");
