@@ -45,7 +45,8 @@ uint64_t poe_feed_hash(const poe_feed *feed);
 size_t poe_feed_documents(const poe_feed *feed);
 size_t poe_feed_tokens(const poe_feed *feed);
 
-/* The exact position (order, epoch, packing buffer) as JSON, a new reference; and going back to one. */
+/* The exact position (order, epoch, packing buffer) as JSON, a new reference (NULL: out of memory, said); and
+ * going back to one. POE_BAD_INPUT: it is not one of this data (said, nothing has changed). */
 json_t *poe_feed_position(const poe_feed *feed);
 poe_status poe_feed_seek(poe_feed *feed, const json_t *position);
 

@@ -9,6 +9,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -143,6 +144,35 @@ poe_status poe_read_file(const char *path, const char *what, char **data, size_t
     if (all)
         *data = all;
     return status;
+}
+
+/* Maps the open file; what keeps it from being mapped, or NULL. */
+static const char *map_open_file(int fd, const char **data, size_t *size)
+{
+    struct stat info;
+    if (fstat(fd, &info) != 0)
+        return strerror(errno);
+    if (!S_ISREG(info.st_mode))
+        return "it is not a regular file";
+    if (info.st_size == 0)
+        return "it is empty";
+    void *map = mmap(NULL, (size_t)info.st_size, PROT_READ, MAP_PRIVATE, fd, 0);
+    if (map == MAP_FAILED)
+        return strerror(errno);
+    *data = map;
+    *size = (size_t)info.st_size;
+    return NULL;
+}
+
+poe_status poe_map_file(const char *path, const char *what, const char **data, size_t *size)
+{
+    int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK); /* a pipe without a writer is refused, not waited for */
+    const char *reason = fd < 0 ? strerror(errno) : map_open_file(fd, data, size);
+    if (reason)
+        poe_error("%s: cannot read %s: %s", what, path, reason);
+    if (fd >= 0)
+        close(fd);
+    return reason ? POE_BAD_INPUT : POE_OK;
 }
 
 static bool write_full(int fd, const char *data, size_t bytes)

@@ -25,6 +25,10 @@ poe_status poe_check_writable(const char *path, const char *what);
  * `what` naming the flag or kind of file. */
 poe_status poe_read_file(const char *path, const char *what, char **data, size_t *size);
 
+/* The whole of a regular file, mapped for reading: the caller unmaps it. POE_BAD_INPUT when unreadable, empty or no
+ * regular file, `what` as above. */
+poe_status poe_map_file(const char *path, const char *what, const char **data, size_t *size);
+
 /* Writes `path` through `path`.tmp, synced and renamed; nothing is left behind on failure (POE_FAILED). */
 poe_status poe_write_file(const char *path, const void *data, size_t size);
 

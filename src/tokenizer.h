@@ -23,8 +23,8 @@ typedef poe_status (*poe_text_source)(void *arg, const char **text, size_t *byte
  * POE_VOCAB_MIN or above 65536, or text that is not UTF-8. The caller owns the result. */
 poe_status poe_tokenizer_train(poe_text_source source, void *arg, int vocab_size, poe_tokenizer **tokenizer);
 
-/* Hugging Face tokenizer.json. Reading accepts any byte-level BPE with this pattern and <|bos|>; POE_BAD_INPUT names
- * the file and what is wrong with it. Writing goes through a temporary file. */
+/* Hugging Face tokenizer.json. Reading accepts any byte-level BPE with <|bos|>, with ids in any order and a split pattern
+ * of its own; POE_BAD_INPUT names the file and what is wrong with it. Writing goes through a temporary file. */
 poe_status poe_tokenizer_read(const char *path, poe_tokenizer **tokenizer);
 poe_status poe_tokenizer_write(const poe_tokenizer *tokenizer, const char *path);
 void poe_tokenizer_destroy(poe_tokenizer *tokenizer); /* NULL is legal */

@@ -2,6 +2,7 @@
  * Files: whole writes and reads, directories, checksums, what is left behind, and what is refused. */
 #include "src/files.h"
 
+#include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -64,6 +65,10 @@ static void check_whole_files(void)
     CHECK_INT(size, n);
     CHECK(back && memcmp(data, back, n) == 0 && back[n] == '\0');
     free(back);
+    const char *map = NULL;
+    CHECK_INT(poe_map_file(in_root("whole"), "--data", &map, &size), POE_OK);
+    CHECK(map && size == n && memcmp(data, map, n) == 0);
+    munmap((void *)map, size);
     uint64_t bytes = 0;
     uint32_t crc = 0;
     CHECK_INT(poe_checksum_file(in_root("whole"), &bytes, &crc), POE_OK);
@@ -86,6 +91,13 @@ static void check_refusals(void)
     CHECK_INT(poe_read_file(in_root("absent"), "--data", &data, &size), POE_BAD_INPUT);
     CHECK_INT(poe_read_file(root, "--data", &data, &size), POE_BAD_INPUT);
     CHECK(data == NULL);
+    const char *map = NULL;
+    CHECK_INT(poe_map_file(in_root("absent"), "--data", &map, &size), POE_BAD_INPUT);
+    CHECK_INT(poe_map_file(root, "--data", &map, &size), POE_BAD_INPUT);
+    CHECK_INT(poe_write_file(in_root("empty"), "", 0), POE_OK);
+    CHECK_INT(poe_map_file(in_root("empty"), "--data", &map, &size), POE_BAD_INPUT);
+    CHECK_INT(mkfifo(in_root("fifo"), 0600), 0);
+    CHECK_INT(poe_map_file(in_root("fifo"), "--data", &map, &size), POE_BAD_INPUT);
     CHECK_INT(poe_checksum_file(in_root("absent"), &bytes, &crc), POE_BAD_INPUT);
     CHECK_INT(poe_checksum_file(root, &bytes, &crc), POE_FAILED);
     CHECK_INT(poe_write_file(in_root("absent/file"), "x", 1), POE_FAILED);
