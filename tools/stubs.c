@@ -51,9 +51,3 @@ WEAK void poe_mpi_environment(int *rank, int *size)
     *rank = r ? atoi(r) : 0;
     *size = s ? atoi(s) : 1;
 }
-
-WEAK poe_status poe_data(const poe_options *options)
-{
-    (void)options;
-    return absent("data");
-}
