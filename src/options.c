@@ -28,12 +28,14 @@ typedef struct sources {
     char run_folder[POE_PATH_MAX]; /* of the resumed run; "" when unknown */
 } sources;
 
-static void mark_given(poe_options *options, const poe_option *option) {
+static void mark_given(poe_options *options, const poe_option *option)
+{
     size_t bit = (size_t)(option - poe_option_table);
     options->given[bit / 64] |= UINT64_C(1) << bit % 64;
 }
 
-bool poe_options_given(const poe_options *options, const char *flag) {
+bool poe_options_given(const poe_options *options, const char *flag)
+{
     const poe_option *option = poe_option_find(flag, strlen(flag));
     if (!option)
         return false;
@@ -41,12 +43,14 @@ bool poe_options_given(const poe_options *options, const char *flag) {
     return options->given[bit / 64] >> bit % 64 & 1;
 }
 
-void poe_options_free(poe_options *options) {
+void poe_options_free(poe_options *options)
+{
     for (int i = 0; i < poe_option_count; i++)
         poe_option_clear(options, &poe_option_table[i]);
 }
 
-static poe_status set_defaults(poe_options *options) {
+static poe_status set_defaults(poe_options *options)
+{
     poe_status status = POE_OK;
     memset(options, 0, sizeof(*options));
     for (int i = 0; i < poe_option_count && status == POE_OK; i++) {
@@ -60,7 +64,8 @@ static poe_status set_defaults(poe_options *options) {
 /* --- the command line ------------------------------------------------------------------------------------------------
  */
 
-static poe_status find_command(const char *word, poe_command *command) {
+static poe_status find_command(const char *word, poe_command *command)
+{
     static const char *const words[] = {"generate", "inspect", "export", "data"};
     for (int i = 0; i < 4; i++) {
         if (strcmp(word, words[i]) == 0) {
@@ -74,7 +79,8 @@ static poe_status find_command(const char *word, poe_command *command) {
     return POE_BAD_INPUT;
 }
 
-static poe_status unknown_flag(const char *name, size_t length, poe_command command) {
+static poe_status unknown_flag(const char *name, size_t length, poe_command command)
+{
     const char *near = poe_option_nearest(name, length, command);
     const char *title = poe_command_title(command);
     if (near)
@@ -85,7 +91,8 @@ static poe_status unknown_flag(const char *name, size_t length, poe_command comm
 }
 
 /* Reads argv[*i], and argv[*i + 1] when that is its value. */
-static poe_status read_flag(int argc, char **argv, int *i, poe_command command, assignment *flag) {
+static poe_status read_flag(int argc, char **argv, int *i, poe_command command, assignment *flag)
+{
     const char *name = argv[*i] + 2;
     size_t length = strcspn(name, "=");
     flag->option = poe_option_find(name, length);
@@ -104,7 +111,8 @@ static poe_status read_flag(int argc, char **argv, int *i, poe_command command, 
     return POE_OK;
 }
 
-static poe_status read_command_line(int argc, char **argv, sources *from) {
+static poe_status read_command_line(int argc, char **argv, sources *from)
+{
     bool path_wanted;
     poe_status status = POE_OK;
     int i = 1;
@@ -130,7 +138,8 @@ static poe_status read_command_line(int argc, char **argv, sources *from) {
 }
 
 /* The last value of a flag on the command line; NULL when it is not there. */
-static const char *last_value(const sources *from, const char *name) {
+static const char *last_value(const sources *from, const char *name)
+{
     const char *value = NULL;
     for (int i = 0; i < from->n_flags; i++) {
         if (strcmp(from->flags[i].option->name, name) == 0)
@@ -139,7 +148,8 @@ static const char *last_value(const sources *from, const char *name) {
     return value;
 }
 
-static poe_status apply_flags(poe_options *options, const sources *from) {
+static poe_status apply_flags(poe_options *options, const sources *from)
+{
     uint64_t seen[2] = {0};
     for (int i = 0; i < from->n_flags; i++) {
         const poe_option *option = from->flags[i].option;
@@ -160,7 +170,8 @@ static poe_status apply_flags(poe_options *options, const sources *from) {
 /* --- JSON sources ----------------------------------------------------------------------------------------------------
  */
 
-static bool in_files(const poe_option *option, poe_command command) {
+static bool in_files(const poe_option *option, poe_command command)
+{
     static const char *const never[] = {"config", "help", "version"};
     for (int i = 0; i < 3; i++) {
         if (strcmp(option->name, never[i]) == 0)
@@ -169,7 +180,8 @@ static bool in_files(const poe_option *option, poe_command command) {
     return option->commands & (1u << command);
 }
 
-static poe_status unknown_key(const char *path, const char *key, poe_command command) {
+static poe_status unknown_key(const char *path, const char *key, poe_command command)
+{
     char near[POE_OPTION_TEXT] = "";
     const char *name = poe_option_nearest(key, strlen(key), command);
     for (size_t i = 0; name && name[i]; i++)
@@ -182,10 +194,12 @@ static poe_status unknown_key(const char *path, const char *key, poe_command com
     return POE_BAD_INPUT;
 }
 
-static poe_status apply_json(poe_options *options, json_t *object, const char *path, poe_command command, bool given) {
+static poe_status apply_json(poe_options *options, json_t *object, const char *path, poe_command command, bool given)
+{
     const char *key;
     json_t *value;
-    json_object_foreach(object, key, value) {
+    json_object_foreach(object, key, value)
+    {
         const poe_option *option = poe_option_find(key, strlen(key));
         char where[POE_PATH_MAX + POE_OPTION_TEXT];
         if (!option || !in_files(option, command))
@@ -216,7 +230,8 @@ static poe_status folder_of_checkpoint(const char *path, char folder[POE_PATH_MA
 }
 
 /* The configuration that a checkpoint's manifest carries, for checkpoints that were moved out of their run. */
-static poe_status read_manifest_config(sources *from) {
+static poe_status read_manifest_config(sources *from)
+{
     json_t *manifest;
     poe_status status = poe_options_read_json(from->run_path, "--resume", &manifest);
     if (status != POE_OK)
@@ -229,7 +244,8 @@ static poe_status read_manifest_config(sources *from) {
     return POE_BAD_INPUT;
 }
 
-static poe_status try_run_folder(sources *from, const char *folder, bool *found) {
+static poe_status try_run_folder(sources *from, const char *folder, bool *found)
+{
     poe_status status = poe_path(from->run_path, "%s/config.json", folder);
     *found = status == POE_OK && access(from->run_path, F_OK) == 0;
     if (!*found)
@@ -239,7 +255,8 @@ static poe_status try_run_folder(sources *from, const char *folder, bool *found)
     return status == POE_OK ? poe_options_read_json(from->run_path, "--resume", &from->run) : status;
 }
 
-static poe_status read_resumed(sources *from, const char *what, const char *out) {
+static poe_status read_resumed(sources *from, const char *what, const char *out)
+{
     bool found, latest = strcmp(what, "latest") == 0;
     if (latest && !out)
         return POE_OK; /* the check of the flags says it */
@@ -269,10 +286,12 @@ static poe_status read_resumed(sources *from, const char *what, const char *out)
 }
 
 /* What decides a run's numbers must stay as it was: `before` has the run's own values. */
-static poe_status check_unchanged(const sources *from, const json_t *before, const json_t *after) {
+static poe_status check_unchanged(const sources *from, const json_t *before, const json_t *after)
+{
     const char *key;
     json_t *value;
-    json_object_foreach((json_t *)after, key, value) {
+    json_object_foreach((json_t *)after, key, value)
+    {
         json_t *old = json_object_get(before, key);
         if (poe_options_resumable(key) || (old && json_equal(old, value)))
             continue;
@@ -290,7 +309,8 @@ static poe_status check_unchanged(const sources *from, const json_t *before, con
 /* --- all together ----------------------------------------------------------------------------------------------------
  */
 
-static poe_status apply_user(poe_options *options, const sources *from) {
+static poe_status apply_user(poe_options *options, const sources *from)
+{
     poe_status status = POE_OK;
     if (from->config)
         status = apply_json(options, from->config, from->config_path, from->command, true);
@@ -298,7 +318,8 @@ static poe_status apply_user(poe_options *options, const sources *from) {
 }
 
 /* Defaults and preset, the resumed run, then the user; `size` as the user gave it. */
-static poe_status apply_all(poe_options *options, const sources *from, const char *size) {
+static poe_status apply_all(poe_options *options, const sources *from, const char *size)
+{
     json_t *before = NULL, *after = NULL;
     poe_status status = set_defaults(options);
     if (status == POE_OK && *size)
@@ -318,7 +339,8 @@ static poe_status apply_all(poe_options *options, const sources *from, const cha
     return status;
 }
 
-static poe_status parse(int argc, char **argv, sources *from, poe_options *options) {
+static poe_status parse(int argc, char **argv, sources *from, poe_options *options)
+{
     char size[POE_OPTION_TEXT];
     poe_status status = read_command_line(argc, argv, from);
     if (status != POE_OK)
@@ -342,7 +364,8 @@ static poe_status parse(int argc, char **argv, sources *from, poe_options *optio
     return status == POE_OK ? poe_options_check(options, from->command) : status;
 }
 
-poe_status poe_options_parse(int argc, char **argv, poe_command *command, poe_options *options) {
+poe_status poe_options_parse(int argc, char **argv, poe_command *command, poe_options *options)
+{
     sources *from = calloc(1, sizeof(*from));
     poe_status status = set_defaults(options);
     if (from)

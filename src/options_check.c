@@ -7,7 +7,8 @@
 #include "src/log.h"
 #include "src/options_table.h"
 
-static poe_status check_sync(poe_options *options) {
+static poe_status check_sync(poe_options *options)
+{
     int value, used = 0;
     options->sync_delay = options->sync_every = 0;
     if (strcmp(options->sync, "exact") == 0)
@@ -31,7 +32,8 @@ static poe_status check_sync(poe_options *options) {
     return POE_BAD_INPUT;
 }
 
-static poe_status check_batch(const poe_options *options) {
+static poe_status check_batch(const poe_options *options)
+{
     int64_t micro = (int64_t)options->device_batch_size * options->sequence_len;
     int64_t total = options->total_batch_size, below = total / micro * micro;
     if (total % micro == 0)
@@ -44,7 +46,8 @@ static poe_status check_batch(const poe_options *options) {
     return POE_BAD_INPUT;
 }
 
-static poe_status check_model(const poe_options *options) {
+static poe_status check_model(const poe_options *options)
+{
     if (strcmp(options->objective, "hierarchical") == 0) {
         poe_error("--objective hierarchical needs links that carry gradients back, which this version does not have; "
                   "allowed is poe, or bp with a single stage");
@@ -57,7 +60,8 @@ static poe_status check_model(const poe_options *options) {
     return POE_OK;
 }
 
-static poe_status check_ranks(const poe_options *options) {
+static poe_status check_ranks(const poe_options *options)
+{
     if (options->ranks <= 1 || options->ranks == options->stages.count)
         return POE_OK;
     poe_error("--ranks: found %d with %d stages in --stages, allowed is one rank per stage (%d), or 1 for all of them",
@@ -66,7 +70,8 @@ static poe_status check_ranks(const poe_options *options) {
 }
 
 /* One sentence each: what must not be without, or beside, what. */
-static const char *conflict(const poe_options *options) {
+static const char *conflict(const poe_options *options)
+{
     bool latest = options->resume && strcmp(options->resume, "latest") == 0;
     if (options->resume && options->init_from && poe_options_given(options, "init-from"))
         return "--resume and --init-from exclude each other: both say where the weights come from";
@@ -81,7 +86,8 @@ static const char *conflict(const poe_options *options) {
     return NULL;
 }
 
-static poe_status check_train(poe_options *options) {
+static poe_status check_train(poe_options *options)
+{
     const char *sentence = conflict(options);
     if (sentence) {
         poe_error("%s", sentence);
@@ -97,7 +103,8 @@ static poe_status check_train(poe_options *options) {
     return status;
 }
 
-static const char *missing(const poe_options *options, poe_command command) {
+static const char *missing(const poe_options *options, poe_command command)
+{
     bool checkpoint = options->checkpoint != NULL;
     switch (command) {
     case POE_COMMAND_GENERATE:
@@ -117,7 +124,8 @@ static const char *missing(const poe_options *options, poe_command command) {
     }
 }
 
-poe_status poe_options_check(poe_options *options, poe_command command) {
+poe_status poe_options_check(poe_options *options, poe_command command)
+{
     if (command == POE_COMMAND_TRAIN)
         return check_train(options);
     const char *what = missing(options, command);

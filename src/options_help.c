@@ -65,7 +65,8 @@ static void print_wrapped(const char *text)
     putchar('\n');
 }
 
-static void print_option(const poe_option *option) {
+static void print_option(const poe_option *option)
+{
     char left[128], right[512];
     const char *argument = option->argument ? option->argument : "";
     bool number = option->fallback && *option->fallback != '-';
@@ -81,7 +82,8 @@ static void print_option(const poe_option *option) {
     print_wrapped(right);
 }
 
-void poe_options_help(poe_command command) {
+void poe_options_help(poe_command command)
+{
     const char *group = "";
     printf("%s", usages[command]);
     for (int i = 0; i < poe_option_count; i++) {

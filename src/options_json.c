@@ -7,7 +7,8 @@
 #include "src/log.h"
 #include "src/options_table.h"
 
-poe_status poe_options_read_json(const char *path, const char *what, json_t **object) {
+poe_status poe_options_read_json(const char *path, const char *what, json_t **object)
+{
     char *text;
     size_t size;
     json_error_t error;
@@ -28,19 +29,21 @@ poe_status poe_options_read_json(const char *path, const char *what, json_t **ob
     return POE_OK;
 }
 
-static poe_status wrong_type(const json_t *value, const char *allowed, const char *where) {
+static poe_status wrong_type(const json_t *value, const char *allowed, const char *where)
+{
     char *found = json_dumps(value, JSON_ENCODE_ANY | JSON_COMPACT);
     poe_error("%s: found %.200s, allowed is %s", where, found ? found : "a value", allowed);
     free(found);
     return POE_BAD_INPUT;
 }
 
-static poe_status set_stage_list(poe_options *options, const poe_option *option, const json_t *list,
-                                 const char *where) {
+static poe_status set_stage_list(poe_options *options, const poe_option *option, const json_t *list, const char *where)
+{
     char text[8 * POE_OPTION_LAYERS] = "";
     size_t i, used = 0;
     json_t *layers;
-    json_array_foreach(list, i, layers) {
+    json_array_foreach(list, i, layers)
+    {
         if (!json_is_integer(layers) || i >= POE_OPTION_LAYERS || llabs(json_integer_value(layers)) > 99999)
             return wrong_type(layers, "a list of whole numbers from 1 to 1024", where);
         used += (size_t)snprintf(text + used, sizeof(text) - used, "%s%lld", i ? "," : "", json_integer_value(layers));
@@ -48,11 +51,13 @@ static poe_status set_stage_list(poe_options *options, const poe_option *option,
     return poe_option_set(options, option, text, where);
 }
 
-static poe_status set_file_list(poe_options *options, const poe_option *option, const json_t *list, const char *where) {
+static poe_status set_file_list(poe_options *options, const poe_option *option, const json_t *list, const char *where)
+{
     size_t i;
     json_t *path;
     poe_status status = POE_OK;
-    json_array_foreach(list, i, path) {
+    json_array_foreach(list, i, path)
+    {
         if (!json_is_string(path))
             return wrong_type(path, "a text or a list of texts", where);
         status = poe_option_set(options, option, json_string_value(path), where);
@@ -63,7 +68,8 @@ static poe_status set_file_list(poe_options *options, const poe_option *option, 
 }
 
 /* The JSON types that suit the option's type; NULL when `value` is one of them. */
-static const char *unsuitable(const poe_option *option, const json_t *value) {
+static const char *unsuitable(const poe_option *option, const json_t *value)
+{
     switch (option->type) {
     case POE_OPTION_TYPE_INT:
     case POE_OPTION_TYPE_INT64:
@@ -85,7 +91,8 @@ static const char *unsuitable(const poe_option *option, const json_t *value) {
     }
 }
 
-poe_status poe_option_set_json(poe_options *options, const poe_option *option, const json_t *value, const char *where) {
+poe_status poe_option_set_json(poe_options *options, const poe_option *option, const json_t *value, const char *where)
+{
     char number[64];
     const char *allowed = unsuitable(option, value);
     if (allowed)
@@ -107,14 +114,16 @@ poe_status poe_option_set_json(poe_options *options, const poe_option *option, c
     return poe_option_set(options, option, number, where);
 }
 
-static json_t *files_json(const poe_file_list *files) {
+static json_t *files_json(const poe_file_list *files)
+{
     json_t *list = json_array();
     for (int i = 0; i < files->count; i++)
         json_array_append_new(list, json_string(files->paths[i]));
     return list;
 }
 
-static json_t *stages_json(const poe_stage_list *stages) {
+static json_t *stages_json(const poe_stage_list *stages)
+{
     json_t *list = json_array();
     for (int i = 0; i < stages->count; i++)
         json_array_append_new(list, json_integer(stages->layers[i]));
@@ -122,7 +131,8 @@ static json_t *stages_json(const poe_stage_list *stages) {
 }
 
 /* New reference; NULL for what is not given. */
-static json_t *value_json(const poe_options *options, const poe_option *option) {
+static json_t *value_json(const poe_options *options, const poe_option *option)
+{
     const void *field = (const char *)options + option->offset;
     const char *text;
     switch (option->type) {
@@ -148,7 +158,8 @@ static json_t *value_json(const poe_options *options, const poe_option *option) 
 }
 
 /* n-embd -> n_embd */
-static void key_of(const poe_option *option, char key[POE_OPTION_TEXT]) {
+static void key_of(const poe_option *option, char key[POE_OPTION_TEXT])
+{
     snprintf(key, POE_OPTION_TEXT, "%s", option->name);
     for (char *c = key; *c; c++) {
         if (*c == '-')
@@ -156,7 +167,8 @@ static void key_of(const poe_option *option, char key[POE_OPTION_TEXT]) {
     }
 }
 
-json_t *poe_options_json(const poe_options *options) {
+json_t *poe_options_json(const poe_options *options)
+{
     json_t *object = json_object();
     for (int i = 0; i < poe_option_count; i++) {
         const poe_option *option = &poe_option_table[i];
@@ -171,26 +183,31 @@ json_t *poe_options_json(const poe_options *options) {
     return object;
 }
 
-static bool has_trait(const char *key, unsigned trait) {
+static bool has_trait(const char *key, unsigned trait)
+{
     const poe_option *option = poe_option_find(key, strlen(key));
     return option && (option->traits & trait);
 }
 
-bool poe_options_resumable(const char *key) {
+bool poe_options_resumable(const char *key)
+{
     return has_trait(key, POE_OPTION_RESUMABLE);
 }
 
-static void render(const json_t *value, char text[256]) {
+static void render(const json_t *value, char text[256])
+{
     char *dump = value ? json_dumps(value, JSON_ENCODE_ANY | JSON_COMPACT) : NULL;
     snprintf(text, 256, "%s", dump ? dump : "nothing");
     free(dump);
 }
 
 /* First key of x whose value in y is another one; with `only_missing`, none at all. */
-static const char *first_difference(const json_t *x, const json_t *y, bool only_missing) {
+static const char *first_difference(const json_t *x, const json_t *y, bool only_missing)
+{
     const char *key;
     json_t *value;
-    json_object_foreach((json_t *)x, key, value) {
+    json_object_foreach((json_t *)x, key, value)
+    {
         json_t *other = json_object_get(y, key);
         bool differs = only_missing ? !other : !other || !json_equal(value, other);
         if (differs && !has_trait(key, POE_OPTION_LOCAL))
@@ -199,7 +216,8 @@ static const char *first_difference(const json_t *x, const json_t *y, bool only_
     return NULL;
 }
 
-const char *poe_options_difference(const json_t *x, const json_t *y, char a[256], char b[256]) {
+const char *poe_options_difference(const json_t *x, const json_t *y, char a[256], char b[256])
+{
     const char *key = first_difference(x, y, false);
     if (!key)
         key = first_difference(y, x, true);

@@ -22,21 +22,37 @@ enum {
 
 #define FIELD(member) offsetof(poe_options, member)
 #define INT(name, member, fallback, low, high, commands, traits, help)                                                 \
-    { name, "N", GROUP, POE_OPTION_TYPE_INT, FIELD(member), fallback, low, high, NULL, commands, traits, help }
+    {                                                                                                                  \
+        name, "N", GROUP, POE_OPTION_TYPE_INT, FIELD(member), fallback, low, high, NULL, commands, traits, help        \
+    }
 #define INT64(name, member, fallback, low, high, commands, traits, help)                                               \
-    { name, "N", GROUP, POE_OPTION_TYPE_INT64, FIELD(member), fallback, low, high, NULL, commands, traits, help }
+    {                                                                                                                  \
+        name, "N", GROUP, POE_OPTION_TYPE_INT64, FIELD(member), fallback, low, high, NULL, commands, traits, help      \
+    }
 #define REAL(name, member, fallback, low, high, commands, traits, help)                                                \
-    { name, "X", GROUP, POE_OPTION_TYPE_REAL, FIELD(member), fallback, low, high, NULL, commands, traits, help }
+    {                                                                                                                  \
+        name, "X", GROUP, POE_OPTION_TYPE_REAL, FIELD(member), fallback, low, high, NULL, commands, traits, help       \
+    }
 #define BOOL(name, member, commands, traits, help)                                                                     \
-    { name, NULL, GROUP, POE_OPTION_TYPE_BOOL, FIELD(member), NULL, 0, 0, NULL, commands, traits, help }
+    {                                                                                                                  \
+        name, NULL, GROUP, POE_OPTION_TYPE_BOOL, FIELD(member), NULL, 0, 0, NULL, commands, traits, help               \
+    }
 #define WORD(name, member, fallback, words, commands, traits, help)                                                    \
-    { name, words, GROUP, POE_OPTION_TYPE_WORD, FIELD(member), fallback, 0, 0, words, commands, traits, help }
+    {                                                                                                                  \
+        name, words, GROUP, POE_OPTION_TYPE_WORD, FIELD(member), fallback, 0, 0, words, commands, traits, help         \
+    }
 #define STRING(name, argument, member, fallback, commands, traits, help)                                               \
-    { name, argument, GROUP, POE_OPTION_TYPE_STRING, FIELD(member), fallback, 0, 0, NULL, commands, traits, help }
+    {                                                                                                                  \
+        name, argument, GROUP, POE_OPTION_TYPE_STRING, FIELD(member), fallback, 0, 0, NULL, commands, traits, help     \
+    }
 #define PATH(name, argument, member, commands, traits, help)                                                           \
-    { name, argument, GROUP, POE_OPTION_TYPE_PATH, FIELD(member), NULL, 0, 0, NULL, commands, traits, help }
+    {                                                                                                                  \
+        name, argument, GROUP, POE_OPTION_TYPE_PATH, FIELD(member), NULL, 0, 0, NULL, commands, traits, help           \
+    }
 #define FILES(name, member, commands, traits, help)                                                                    \
-    { name, "FILE", GROUP, POE_OPTION_TYPE_FILES, FIELD(member), NULL, 0, 0, NULL, commands, traits, help }
+    {                                                                                                                  \
+        name, "FILE", GROUP, POE_OPTION_TYPE_FILES, FIELD(member), NULL, 0, 0, NULL, commands, traits, help            \
+    }
 
 /* The largest whole number that a double names exactly. */
 #define EXACT_MAX 9007199254740991.0
@@ -140,7 +156,8 @@ const int poe_option_count = (int)(sizeof(poe_option_table) / sizeof(poe_option_
 
 _Static_assert(sizeof(poe_option_table) / sizeof(poe_option_table[0]) <= 128, "poe_options.given has a bit per row");
 
-const char *poe_command_title(poe_command command) {
+const char *poe_command_title(poe_command command)
+{
     static const char *const titles[] = {
         [POE_COMMAND_TRAIN] = "poe-pipe",           [POE_COMMAND_GENERATE] = "poe-pipe generate",
         [POE_COMMAND_INSPECT] = "poe-pipe inspect", [POE_COMMAND_EXPORT] = "poe-pipe export",
@@ -149,7 +166,8 @@ const char *poe_command_title(poe_command command) {
     return titles[command];
 }
 
-static bool same_name(const char *known, const char *name, size_t length) {
+static bool same_name(const char *known, const char *name, size_t length)
+{
     if (strlen(known) != length)
         return false;
     for (size_t i = 0; i < length; i++) {
@@ -159,7 +177,8 @@ static bool same_name(const char *known, const char *name, size_t length) {
     return true;
 }
 
-const poe_option *poe_option_find(const char *name, size_t length) {
+const poe_option *poe_option_find(const char *name, size_t length)
+{
     for (int i = 0; i < poe_option_count; i++) {
         if (same_name(poe_option_table[i].name, name, length))
             return &poe_option_table[i];
@@ -167,13 +186,15 @@ const poe_option *poe_option_find(const char *name, size_t length) {
     return NULL;
 }
 
-static int smallest(int a, int b, int c) {
+static int smallest(int a, int b, int c)
+{
     int ab = a < b ? a : b;
     return ab < c ? ab : c;
 }
 
 /* Edit distance (insertions, deletions, exchanges) of two short words; `_` and `-` are the same. */
-static int edit_distance(const char *a, size_t n, const char *b, size_t m) {
+static int edit_distance(const char *a, size_t n, const char *b, size_t m)
+{
     int row[POE_OPTION_TEXT + 1];
     if (n > POE_OPTION_TEXT || m > POE_OPTION_TEXT)
         return INT_MAX;
@@ -192,7 +213,8 @@ static int edit_distance(const char *a, size_t n, const char *b, size_t m) {
     return row[m];
 }
 
-const char *poe_nearest_word(const char *word, size_t length, const char *const *words, int n) {
+const char *poe_nearest_word(const char *word, size_t length, const char *const *words, int n)
+{
     int best = INT_MAX;
     const char *nearest = NULL;
     for (int i = 0; i < n; i++) {
@@ -206,7 +228,8 @@ const char *poe_nearest_word(const char *word, size_t length, const char *const 
     return best <= near ? nearest : NULL;
 }
 
-const char *poe_option_nearest(const char *name, size_t length, poe_command command) {
+const char *poe_option_nearest(const char *name, size_t length, poe_command command)
+{
     const char *names[128];
     int n = 0;
     for (int i = 0; i < poe_option_count; i++) {

@@ -10,24 +10,28 @@
 #include "src/log.h"
 #include "src/options_table.h"
 
-static void *field(poe_options *options, const poe_option *option) {
+static void *field(poe_options *options, const poe_option *option)
+{
     return (char *)options + option->offset;
 }
 
 /* "a whole number from 1 to 8": what `option` allows. */
-static const char *allowed(const poe_option *option, char text[256]) {
+static const char *allowed(const poe_option *option, char text[256])
+{
     const char *kind = option->type == POE_OPTION_TYPE_REAL ? "a number" : "a whole number";
     snprintf(text, 256, "%s from %.16g to %.16g", kind, option->low, option->high);
     return text;
 }
 
-static poe_status refuse(const char *where, const char *found, const char *allowed_values) {
+static poe_status refuse(const char *where, const char *found, const char *allowed_values)
+{
     poe_error("%s: found \"%.200s\", allowed is %s", where, found, allowed_values);
     return POE_BAD_INPUT;
 }
 
 /* No blanks, no plus, no trailing characters, no overflow. */
-static bool read_integer(const char *text, long long *value) {
+static bool read_integer(const char *text, long long *value)
+{
     const char *digits = *text == '-' ? text + 1 : text;
     if (!*digits || strspn(digits, "0123456789") != strlen(digits))
         return false;
@@ -36,7 +40,8 @@ static bool read_integer(const char *text, long long *value) {
     return errno == 0;
 }
 
-static bool read_real(const char *text, double *value) {
+static bool read_real(const char *text, double *value)
+{
     char *end;
     if (!*text || strspn(text, "0123456789+-.eE") != strlen(text))
         return false;
@@ -44,7 +49,8 @@ static bool read_real(const char *text, double *value) {
     return *end == '\0' && isfinite(*value);
 }
 
-static poe_status set_integer(poe_options *options, const poe_option *option, const char *text, const char *where) {
+static poe_status set_integer(poe_options *options, const poe_option *option, const char *text, const char *where)
+{
     long long value;
     char range[256];
     if (!read_integer(text, &value) || (double)value < option->low || (double)value > option->high)
@@ -56,7 +62,8 @@ static poe_status set_integer(poe_options *options, const poe_option *option, co
     return POE_OK;
 }
 
-static poe_status set_real(poe_options *options, const poe_option *option, const char *text, const char *where) {
+static poe_status set_real(poe_options *options, const poe_option *option, const char *text, const char *where)
+{
     double value;
     char range[256];
     if (!read_real(text, &value) || value < option->low || value > option->high)
@@ -65,7 +72,8 @@ static poe_status set_real(poe_options *options, const poe_option *option, const
     return POE_OK;
 }
 
-static poe_status set_bool(poe_options *options, const poe_option *option, const char *text, const char *where) {
+static poe_status set_bool(poe_options *options, const poe_option *option, const char *text, const char *where)
+{
     bool yes = strcmp(text, "true") == 0;
     if (!yes && strcmp(text, "false") != 0)
         return refuse(where, text, "true or false");
@@ -74,7 +82,8 @@ static poe_status set_bool(poe_options *options, const poe_option *option, const
 }
 
 /* "a, b or c" from "a|b|c". */
-static const char *list_words(const char *words, char text[256]) {
+static const char *list_words(const char *words, char text[256])
+{
     size_t used = 0;
     for (const char *word = words; *word && used < 200;) {
         size_t length = strcspn(word, "|");
@@ -86,7 +95,8 @@ static const char *list_words(const char *words, char text[256]) {
     return text;
 }
 
-static poe_status set_word(poe_options *options, const poe_option *option, const char *text, const char *where) {
+static poe_status set_word(poe_options *options, const poe_option *option, const char *text, const char *where)
+{
     char list[256];
     size_t length = strlen(text);
     for (const char *word = option->words; *word;) {
@@ -100,7 +110,8 @@ static poe_status set_word(poe_options *options, const poe_option *option, const
     return refuse(where, text, list_words(option->words, list));
 }
 
-static poe_status set_string(poe_options *options, const poe_option *option, const char *text, const char *where) {
+static poe_status set_string(poe_options *options, const poe_option *option, const char *text, const char *where)
+{
     size_t length = strlen(text);
     if (length == 0 || length >= POE_OPTION_TEXT) {
         poe_error("%s: found a text of %zu bytes, allowed are 1 to %d", where, length, POE_OPTION_TEXT - 1);
@@ -110,14 +121,16 @@ static poe_status set_string(poe_options *options, const poe_option *option, con
     return POE_OK;
 }
 
-static poe_status copy_text(const char *text, const char *where, char **copy) {
+static poe_status copy_text(const char *text, const char *where, char **copy)
+{
     *copy = strdup(text);
     if (!*copy)
         poe_error("%s: out of memory", where);
     return *copy ? POE_OK : POE_FAILED;
 }
 
-static poe_status set_path(poe_options *options, const poe_option *option, const char *text, const char *where) {
+static poe_status set_path(poe_options *options, const poe_option *option, const char *text, const char *where)
+{
     char *copy, **path = field(options, option);
     if (!*text) {
         poe_error("%s: found an empty text", where);
@@ -131,7 +144,8 @@ static poe_status set_path(poe_options *options, const poe_option *option, const
     return POE_OK;
 }
 
-static poe_status add_file(poe_options *options, const poe_option *option, const char *text, const char *where) {
+static poe_status add_file(poe_options *options, const poe_option *option, const char *text, const char *where)
+{
     poe_file_list *files = field(options, option);
     if (files->count == POE_OPTION_FILES || !*text) {
         poe_error("%s: found %s, allowed are names of at most %d files", where, *text ? "more files" : "an empty name",
@@ -144,7 +158,8 @@ static poe_status add_file(poe_options *options, const poe_option *option, const
     return status;
 }
 
-static poe_status set_stages(poe_options *options, const poe_option *option, const char *text, const char *where) {
+static poe_status set_stages(poe_options *options, const poe_option *option, const char *text, const char *where)
+{
     poe_stage_list list = {0};
     const char *rule = "whole numbers of at least 1, separated by commas";
     long long value, total = 0;
@@ -169,7 +184,8 @@ static poe_status set_stages(poe_options *options, const poe_option *option, con
     return POE_OK;
 }
 
-poe_status poe_option_set(poe_options *options, const poe_option *option, const char *text, const char *where) {
+poe_status poe_option_set(poe_options *options, const poe_option *option, const char *text, const char *where)
+{
     static poe_status (*const setters[])(poe_options *, const poe_option *, const char *, const char *) = {
         [POE_OPTION_TYPE_INT] = set_integer,   [POE_OPTION_TYPE_INT64] = set_integer,
         [POE_OPTION_TYPE_REAL] = set_real,     [POE_OPTION_TYPE_BOOL] = set_bool,
@@ -180,7 +196,8 @@ poe_status poe_option_set(poe_options *options, const poe_option *option, const 
     return setters[option->type](options, option, text, where);
 }
 
-void poe_option_clear(poe_options *options, const poe_option *option) {
+void poe_option_clear(poe_options *options, const poe_option *option)
+{
     if (option->type == POE_OPTION_TYPE_FILES) {
         poe_file_list *files = field(options, option);
         while (files->count > 0)

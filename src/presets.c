@@ -59,7 +59,8 @@ static const setting settings[] = {
     {"3b", "warmup-steps", "1000"},
 };
 
-poe_status poe_preset_apply(poe_options *options, const char *name) {
+poe_status poe_preset_apply(poe_options *options, const char *name)
+{
     for (size_t i = 0; i < sizeof(settings) / sizeof(settings[0]); i++) {
         if (strcmp(settings[i].size, name) != 0)
             continue;

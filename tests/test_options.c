@@ -16,7 +16,8 @@ static char folder[] = "/tmp/poe-options-XXXXXX";
 static char said[4096]; /* what the last parse() wrote on standard error */
 
 /* Parses the words of `line`, split at single blanks; %s in it as printf does. The caller frees the options. */
-static poe_status parse(poe_options *options, poe_command *command, const char *format, ...) {
+static poe_status parse(poe_options *options, poe_command *command, const char *format, ...)
+{
     static char line[8192];
     char *argv[ARGUMENTS] = {(char *)"poe-pipe"}, path[4200];
     int argc = 1, stderr_copy = dup(STDERR_FILENO);
@@ -50,7 +51,8 @@ static poe_status parse(poe_options *options, poe_command *command, const char *
         }                                                                                                              \
     } while (0)
 
-static void write_file(const char *name, const char *text) {
+static void write_file(const char *name, const char *text)
+{
     char path[4200];
     snprintf(path, sizeof(path), "%s/%s", folder, name);
     FILE *f = fopen(path, "w");
@@ -59,13 +61,15 @@ static void write_file(const char *name, const char *text) {
         fclose(f);
 }
 
-static void make_folder(const char *name) {
+static void make_folder(const char *name)
+{
     char path[4200];
     snprintf(path, sizeof(path), "%s/%s", folder, name);
     CHECK_INT(mkdir(path, 0777), 0);
 }
 
-static void test_defaults(void) {
+static void test_defaults(void)
+{
     poe_options o;
     poe_command command;
     CHECK_INT(parse(&o, &command, ""), POE_OK);
@@ -91,7 +95,8 @@ static void test_defaults(void) {
     poe_options_free(&o);
 }
 
-static void test_flags(void) {
+static void test_flags(void)
+{
     poe_options o;
     poe_command command;
     CHECK_INT(parse(&o, &command,
@@ -127,7 +132,8 @@ static void test_flags(void) {
     poe_options_free(&o);
 }
 
-static void test_refused_values(void) {
+static void test_refused_values(void)
+{
     REFUSED("--n-embd: found \"x\", allowed is a whole number from 24 to 65536", "--n-embd x");
     REFUSED("--n-embd", "--n-embd 64.0");
     REFUSED("--n-embd", "--n-embd 64k");
@@ -157,7 +163,8 @@ static void test_refused_values(void) {
     REFUSED("gradients back", "--objective hierarchical");
 }
 
-static void test_refused_stages(void) {
+static void test_refused_stages(void)
+{
     char many[1024] = "1";
     for (int i = 1; i < 129; i++)
         strcat(many, ",1");
@@ -173,7 +180,8 @@ static void test_refused_stages(void) {
     REFUSED("--ranks", "--ranks -1");
 }
 
-static void test_refused_together(void) {
+static void test_refused_together(void)
+{
     REFUSED("multiples of 1024 tokens (--device-batch-size 4 rows of --sequence-len 256); the nearest is 5120",
             "--total-batch-size 5000");
     REFUSED("the nearest is 1024", "--total-batch-size 3");
@@ -188,7 +196,8 @@ static void test_refused_together(void) {
     REFUSED("--tokenizer and --vocab-size", "data --data x --out y --tokenizer t --vocab-size 300");
 }
 
-static void test_unknown(void) {
+static void test_unknown(void)
+{
     REFUSED("no flag --n-embed; did you mean --n-embd?", "--n-embed 64");
     REFUSED("did you mean --num-iterations?", "--num-iteration=5");
     REFUSED("did you mean --device-batch-size?", "--batch-size 5");
@@ -200,7 +209,8 @@ static void test_unknown(void) {
     REFUSED("\"-n\"", "-n 4");
 }
 
-static void test_config(void) {
+static void test_config(void)
+{
     poe_options o;
     poe_command command;
     write_file("c.json",
@@ -225,12 +235,14 @@ static void test_config(void) {
     poe_options_free(&o);
 }
 
-static void refuse_config(const char *text, const char *part) {
+static void refuse_config(const char *text, const char *part)
+{
     write_file("bad.json", text);
     REFUSED(part, "--config %s/bad.json", folder);
 }
 
-static void test_refused_config(void) {
+static void test_refused_config(void)
+{
     REFUSED("--config: cannot read", "--config %s/none.json", folder);
     refuse_config("{\n\"n_embd\": 3,,\n}", "bad.json: line 2");
     refuse_config("[1]", "not an object");
@@ -256,7 +268,8 @@ static void test_refused_config(void) {
 }
 
 /* What a run writes down repeats it: the same object comes out of the object. */
-static void test_round_trip(void) {
+static void test_round_trip(void)
+{
     poe_options o;
     poe_command command;
     char a[256], b[256], path[4200];
@@ -290,7 +303,8 @@ static void test_round_trip(void) {
     CHECK(!poe_options_resumable("n_embd") && !poe_options_resumable("seed") && !poe_options_resumable("sync"));
 }
 
-static void test_presets(void) {
+static void test_presets(void)
+{
     static const struct {
         const char *name;
         int stages, n_embd, n_head, n_kv_head, mlp_dim, sequence_len, vocab_size;
@@ -316,7 +330,8 @@ static void test_presets(void) {
     }
 }
 
-static void check_resumed(const char *what, const char *out) {
+static void check_resumed(const char *what, const char *out)
+{
     poe_options o;
     poe_command command;
     CHECK_INT(parse(&o, &command, "--resume %s/%s --num-iterations 9", folder, what), POE_OK);
@@ -331,7 +346,8 @@ static void check_resumed(const char *what, const char *out) {
     poe_options_free(&o);
 }
 
-static void test_resume(void) {
+static void test_resume(void)
+{
     poe_options o;
     poe_command command;
     const char *config =
@@ -361,7 +377,8 @@ static void test_resume(void) {
     REFUSED("has no \"config\"", "--resume %s/moved/step-00000003", folder);
 }
 
-static void test_commands(void) {
+static void test_commands(void)
+{
     poe_options o;
     poe_command command;
     CHECK_INT(parse(&o, &command, "inspect some/path"), POE_OK);
@@ -378,7 +395,8 @@ static void test_commands(void) {
 }
 
 /* Every golden run's config.json is taken; hierarchical is refused with its reason. */
-static void test_golden(void) {
+static void test_golden(void)
+{
     const char *shared = poe_test_shared();
     char path[4200];
     snprintf(path, sizeof(path), "%s/golden", shared ? shared : "");
@@ -399,7 +417,8 @@ static void test_golden(void) {
     closedir(runs);
 }
 
-int main(void) {
+int main(void)
+{
     CHECK(mkdtemp(folder) != NULL);
     test_defaults();
     test_flags();

@@ -22,19 +22,22 @@ typedef struct counts {
     size_t documents, bytes, tokens;
 } counts;
 
-static poe_status open_documents(const poe_options *options, const poe_file_list *files, poe_documents **documents) {
+static poe_status open_documents(const poe_options *options, const poe_file_list *files, poe_documents **documents)
+{
     poe_split split = options->documents[0] == 'f' ? POE_SPLIT_NONE : POE_SPLIT_BLANK_LINES;
     return poe_documents_open((const char *const *)files->paths, files->count, split, documents);
 }
 
-static poe_status next_text(void *arg, const char **text, size_t *bytes) {
+static poe_status next_text(void *arg, const char **text, size_t *bytes)
+{
     part *rest = arg;
     if (rest->first == rest->last)
         return POE_END;
     return poe_documents_get(rest->documents, rest->first++, text, bytes);
 }
 
-static poe_status make_tokenizer(const poe_options *options, part train, poe_tokenizer **tokenizer) {
+static poe_status make_tokenizer(const poe_options *options, part train, poe_tokenizer **tokenizer)
+{
     int vocab = options->vocab_size ? options->vocab_size : POE_OPTION_VOCAB;
     double start = poe_now();
     if (options->tokenizer)
@@ -46,7 +49,8 @@ static poe_status make_tokenizer(const poe_options *options, part train, poe_tok
 }
 
 static poe_status add_document(poe_shard_writer *shard, poe_encoder *encoder, int32_t bos, const char *text,
-                               size_t bytes, counts *sum) {
+                               size_t bytes, counts *sum)
+{
     const int32_t *ids;
     size_t n;
     poe_status status = poe_encoder_encode(encoder, text, bytes, &ids, &n, NULL);
@@ -62,7 +66,8 @@ static poe_status add_document(poe_shard_writer *shard, poe_encoder *encoder, in
     return status;
 }
 
-static poe_status fill_shard(part rest, poe_encoder *encoder, int32_t bos, poe_shard_writer *shard, counts *sum) {
+static poe_status fill_shard(part rest, poe_encoder *encoder, int32_t bos, poe_shard_writer *shard, counts *sum)
+{
     const char *text;
     size_t bytes;
     poe_status status;
@@ -75,7 +80,8 @@ static poe_status fill_shard(part rest, poe_encoder *encoder, int32_t bos, poe_s
 }
 
 /* OUT/NAME.bin of one part, and its row of the table. */
-static poe_status write_part(const char *out, const char *name, part rest, const poe_tokenizer *tokenizer) {
+static poe_status write_part(const char *out, const char *name, part rest, const poe_tokenizer *tokenizer)
+{
     char path[POE_PATH_MAX];
     counts sum = {0};
     poe_encoder *encoder = NULL;
@@ -99,7 +105,8 @@ static poe_status write_part(const char *out, const char *name, part rest, const
     return status;
 }
 
-static poe_status write_all(const char *out, part train, part val, const poe_tokenizer *tokenizer) {
+static poe_status write_all(const char *out, part train, part val, const poe_tokenizer *tokenizer)
+{
     char path[POE_PATH_MAX];
     poe_status status = poe_path(path, "%s/tokenizer.json", out);
     if (status == POE_OK)
@@ -115,7 +122,8 @@ static poe_status write_all(const char *out, part train, part val, const poe_tok
     return status;
 }
 
-poe_status poe_data(const poe_options *options) {
+poe_status poe_data(const poe_options *options)
+{
     part train = {0}, val = {0};
     poe_tokenizer *tokenizer = NULL;
     bool own_val = options->val_data.count > 0;

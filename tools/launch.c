@@ -28,7 +28,8 @@ static const variable variables[] = {
 #include "mpi_env.inc"
 };
 
-static void set_environment(void) {
+static void set_environment(void)
+{
     struct winsize window;
     bool terminal = isatty(STDOUT_FILENO);
     for (size_t i = 0; i < sizeof(variables) / sizeof(variables[0]); i++)
@@ -43,7 +44,8 @@ static void set_environment(void) {
 }
 
 /* mpiexec -n ranks PROGRAM argv[1..] without --ranks; borrows all texts. NULL: out of memory. */
-static char **make_command(const char *ranks, char *program, int argc, char **argv) {
+static char **make_command(const char *ranks, char *program, int argc, char **argv)
+{
     char **command = calloc((size_t)argc + 5, sizeof(*command));
     int n = 0;
     if (!command)
@@ -63,7 +65,8 @@ static char **make_command(const char *ranks, char *program, int argc, char **ar
 
 /* In the child: a group of its own, so that the terminal's Ctrl-C does not reach mpiexec, which would kill its ranks.
  */
-static _Noreturn void become_mpiexec(char **command, const sigset_t *mask, pid_t launcher, int report) {
+static _Noreturn void become_mpiexec(char **command, const sigset_t *mask, pid_t launcher, int report)
+{
     int null = open("/dev/null", O_RDONLY);
     setpgid(0, 0);
     if (null >= 0)
@@ -80,7 +83,8 @@ static _Noreturn void become_mpiexec(char **command, const sigset_t *mask, pid_t
 }
 
 /* Starts mpiexec; a pipe that closes on exec brings the reason when there is none. */
-static poe_status start(char **command, const sigset_t *mask, pid_t *child) {
+static poe_status start(char **command, const sigset_t *mask, pid_t *child)
+{
     int report[2], reason = 0;
     pid_t self = getpid();
     if (pipe2(report, O_CLOEXEC) != 0 || (*child = fork()) < 0) {
@@ -105,7 +109,8 @@ static poe_status start(char **command, const sigset_t *mask, pid_t *child) {
 
 /* Waits for the child's end and passes signals on. *stop: the first signal that asked to stop, or 0; *forced: a second
  * one did. Returns the child's wait status. */
-static int attend(pid_t child, const sigset_t *watched, int *stop, bool *forced) {
+static int attend(pid_t child, const sigset_t *watched, int *stop, bool *forced)
+{
     const struct timespec patience = {.tv_sec = PATIENCE};
     int status;
     while (waitpid(child, &status, WNOHANG) == 0) {
@@ -123,8 +128,9 @@ static int attend(pid_t child, const sigset_t *watched, int *stop, bool *forced)
     return status;
 }
 
-/* The sentence of mpiexec's status: a run that a signal stopped is told from one that failed while it stopped. */
-static int final_status(int status, int stop, bool forced) {
+/* The exit status that mpiexec's end stands for: a run that a signal stopped is told from one that failed while it stopped. */
+static int final_status(int status, int stop, bool forced)
+{
     int code = WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
     bool stopped = code == 130 || code == 143 || code == 128 + SIGUSR1 || WIFSIGNALED(status);
     if (stop && (forced || stopped))
@@ -134,7 +140,8 @@ static int final_status(int status, int stop, bool forced) {
     return code;
 }
 
-poe_status poe_launch(int ranks, int argc, char **argv, int *exit_status) {
+poe_status poe_launch(int ranks, int argc, char **argv, int *exit_status)
+{
     char program[PATH_MAX], count[16];
     sigset_t watched, before;
     pid_t child;
@@ -158,8 +165,10 @@ poe_status poe_launch(int ranks, int argc, char **argv, int *exit_status) {
         sigaddset(&watched, signals[i]);
     sigprocmask(SIG_BLOCK, &watched, &before);
     poe_status status = start(command, &before, &child);
-    if (status == POE_OK)
-        *exit_status = final_status(attend(child, &watched, &stop, &forced), stop, forced);
+    if (status == POE_OK) {
+        int ended = attend(child, &watched, &stop, &forced);
+        *exit_status = final_status(ended, stop, forced);
+    }
     sigprocmask(SIG_SETMASK, &before, NULL);
     free(command);
     return status;

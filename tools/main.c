@@ -11,13 +11,15 @@
 #include "tools/programs.h"
 #include "tools/train.h"
 
-static int launch(int argc, char **argv, const poe_options *options) {
+static int launch(int argc, char **argv, const poe_options *options)
+{
     int exit_status = 0;
     poe_status status = poe_launch(options->ranks, argc, argv, &exit_status);
     return status == POE_OK ? exit_status : poe_exit_status(status);
 }
 
-static int run_command(poe_command command, const poe_options *options) {
+static int run_command(poe_command command, const poe_options *options)
+{
     switch (command) {
     case POE_COMMAND_GENERATE:
         return poe_exit_status(poe_generate(options));
@@ -30,7 +32,8 @@ static int run_command(poe_command command, const poe_options *options) {
     }
 }
 
-static int answer(poe_command command, const poe_options *options) {
+static int answer(poe_command command, const poe_options *options)
+{
     if (options->help)
         poe_options_help(command);
     else
@@ -38,7 +41,8 @@ static int answer(poe_command command, const poe_options *options) {
     return fflush(stdout) == 0 ? 0 : 1;
 }
 
-static int run(int argc, char **argv, poe_command command, poe_options *options, poe_status parsed, bool is_rank) {
+static int run(int argc, char **argv, poe_command command, poe_options *options, poe_status parsed, bool is_rank)
+{
     bool train = command == POE_COMMAND_TRAIN;
     if (train && is_rank)
         return poe_train_main(argc, argv, options, parsed);
@@ -52,7 +56,8 @@ static int run(int argc, char **argv, poe_command command, poe_options *options,
     return poe_train_main(argc, argv, options, parsed);
 }
 
-int main(int argc, char **argv) {
+int main(int argc, char **argv)
+{
     poe_options options;
     poe_command command;
     int rank = 0, size = 1;
