@@ -622,3 +622,8 @@ poe_status poe_checkpoint_find(poe_comm *comm, const char *what, const char *out
     free(s.steps);
     return status;
 }
+
+bool poe_checkpoint_store_leads(const poe_checkpoint_store *store)
+{
+    return store->leader == poe_comm_rank(store->comm);
+}

@@ -31,6 +31,8 @@ typedef struct poe_checkpoint_store poe_checkpoint_store;
  * `comm` is borrowed. */
 poe_status poe_checkpoint_store_open(poe_comm *comm, const char *out, int keep, poe_checkpoint_store **store);
 void poe_checkpoint_store_close(poe_checkpoint_store *store);
+/* True on the one rank, of those that share this folder, that writes what is there once. Not collective. */
+bool poe_checkpoint_store_leads(const poe_checkpoint_store *store);
 
 /* Writes the state after `step` updates: files under a temporary name, synced, read back; then all ranks agree; then
  * leaders write the manifest (`facts`: rank 0's object: configuration, step, data position, kernels...; others may
