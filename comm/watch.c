@@ -214,6 +214,7 @@ static void judge(poe_watch *watch, const view *v, double now)
     if (p->presence != POE_HERE)
         comm->due = fmin(comm->due, now + grace / 4);
     comm->due = fmin(comm->due, wait->said + v->settings.patience);
+    comm->due = fmin(comm->due, p->heard + v->settings.deadline + 1e-3);
 }
 
 static void report(poe_comm *comm)

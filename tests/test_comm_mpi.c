@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: MIT
  * comm over MPI: all scenarios, under mpiexec with any number of ranks. Called with --alone, and PMI_SIZE in the
  * environment but no launcher: the start must be refused. */
+#include <signal.h>
 #include <unistd.h>
 
 #include "comm/mpi/mpi.h"
@@ -25,6 +26,26 @@ static void check_scenario(const poe_scenario *scenario, int rank)
     if (rank == 0)
         printf("%s: %.2f s\n", scenario->name, poe_now() - start);
     free(said);
+}
+
+/* A rank that is stopped says nothing: rank 0 gives up, in words, and lets it go on. */
+static bool wait_for_stopped(poe_comm *comm)
+{
+    int rank = poe_comm_rank(comm);
+    int32_t own = getpid(), pids[64];
+    CHECK_INT(poe_comm_gather(comm, &own, pids, sizeof(own)), POE_OK);
+    if (rank > 1)
+        return false;
+    if (rank == 1)
+        raise(SIGSTOP);
+    double start = poe_now();
+    CHECK_INT(poe_comm_barrier(comm, "a barrier"), POE_PEER_LOST);
+    if (rank == 0) {
+        double took = poe_now() - start;
+        CHECK(took > 0.7 && took < 2);
+        kill(pids[1], SIGCONT);
+    }
+    return false;
 }
 
 static void check_alone(void)
@@ -56,6 +77,10 @@ int main(int argc, char **argv)
     for (int i = 0; i < poe_n_scenarios; i++)
         if (poe_scenarios[i].ranks <= size)
             check_scenario(&poe_scenarios[i], rank);
+    if (size > 1)
+        check_scenario(&(poe_scenario){"stopped", 2, {.deadline = 1}, wait_for_stopped, 0,
+                                       "rank 1 has given no sign of life for 1 s (--deadline 1): rank 0 waits for a "
+                                       "barrier (collective call 2) since "}, rank);
     poe_mpi_finish();
     check_failures += poe_scenarios_failures();
     return check_result();

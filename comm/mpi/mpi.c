@@ -15,7 +15,7 @@
 #include "src/log.h"
 
 /* Who waits t seconds for a message waits at most t / PATIENCE longer than needed, and never more than LONGEST. */
-static const double shortest = 20e-6, longest = 2e-3;
+static const double shortest = 20e-6, longest = 4e-3;
 enum { PATIENCE = 16 };
 
 /* --- starting ------------------------------------------------------------------------------------------------------------ */
@@ -87,18 +87,18 @@ void poe_mpi_finish(void)
 }
 
 /* --- the transport --------------------------------------------------------------------------------------------------------- */
-/* What is under way. MPI counts in int, so a longer message goes as two pieces: whole mebibytes, then the rest. */
+/* What is under way. Long messages go in pieces: MPI counts in int, and the end of each piece is a sign that data
+ * flows, which keeps the sleeps short while it does. */
+enum { PIECE_BYTES = 2 << 20 };
 typedef struct piece {
     poe_operation *op;
-    MPI_Datatype type;
-    int count;
+    int bytes;
     bool receive;
 } piece;
 
 typedef struct mpi_transport {
     poe_transport base;
     MPI_Comm comm;
-    MPI_Datatype mebibyte;
     piece *pieces; /* (capacity); the first n are under way, as are requests[] */
     MPI_Request *requests;
     MPI_Status *statuses; /* (capacity) of those that have completed, as is indices[] */
@@ -154,8 +154,8 @@ static void start_piece(mpi_transport *t, piece p, void *data, int peer, int cha
         return;
     }
     MPI_Request *request = &t->requests[t->n];
-    int code = p.receive ? MPI_Irecv(data, p.count, p.type, peer, channel, t->comm, request)
-                         : MPI_Isend(data, p.count, p.type, peer, channel, t->comm, request);
+    int code = p.receive ? MPI_Irecv(data, p.bytes, MPI_BYTE, peer, channel, t->comm, request)
+                         : MPI_Isend(data, p.bytes, MPI_BYTE, peer, channel, t->comm, request);
     if (code != MPI_SUCCESS) {
         say_error(t, p.op, peer, code);
         end_piece(p.op);
@@ -169,11 +169,12 @@ static void start(poe_transport *transport, int peer, int channel, void *data, s
                   bool receive)
 {
     mpi_transport *t = (mpi_transport *)transport;
-    size_t whole = bytes <= INT_MAX ? 0 : bytes >> 20, rest = bytes - (whole << 20);
-    op->backend[0] = (void *)(uintptr_t)(whole ? 2 : 1);
-    if (whole)
-        start_piece(t, (piece){op, t->mebibyte, (int)whole, receive}, data, peer, channel);
-    start_piece(t, (piece){op, MPI_BYTE, (int)rest, receive}, (char *)data + (whole << 20), peer, channel);
+    size_t pieces = bytes ? (bytes + PIECE_BYTES - 1) / PIECE_BYTES : 1;
+    op->backend[0] = (void *)(uintptr_t)pieces;
+    for (size_t i = 0, at = 0; i < pieces; i++, at += PIECE_BYTES) {
+        size_t n = bytes - at < PIECE_BYTES ? bytes - at : PIECE_BYTES;
+        start_piece(t, (piece){op, (int)n, receive}, (char *)data + at, peer, channel);
+    }
 }
 
 static void mpi_send(poe_transport *transport, int peer, int channel, const void *data, size_t bytes,
@@ -197,13 +198,14 @@ static void forget_piece(mpi_transport *t, int i)
 
 static void complete(mpi_transport *t, const piece *p, const MPI_Status *status, bool failed)
 {
-    int count = p->count;
+    int count = p->bytes;
     if (failed && status->MPI_ERROR != MPI_SUCCESS) {
         say_error(t, p->op, status->MPI_SOURCE, status->MPI_ERROR);
-    } else if (p->receive && MPI_Get_count(status, p->type, &count) == MPI_SUCCESS && count != p->count) {
+    } else if (p->receive && MPI_Get_count(status, MPI_BYTE, &count) == MPI_SUCCESS &&
+               count != p->bytes) {
         if (p->op->status == POE_OK)
             poe_error("rank %d expects a message of %d bytes from rank %d on channel %d, but got one of %d bytes",
-                      t->base.rank, p->count, status->MPI_SOURCE, status->MPI_TAG, count);
+                      t->base.rank, p->bytes, status->MPI_SOURCE, status->MPI_TAG, count);
         p->op->status = POE_PEER_LOST;
     }
     end_piece(p->op);
@@ -275,7 +277,6 @@ static void mpi_cancel(poe_transport *transport, poe_operation *op)
 static void mpi_destroy(poe_transport *transport)
 {
     mpi_transport *t = (mpi_transport *)transport;
-    MPI_Type_free(&t->mebibyte);
     MPI_Comm_free(&t->comm);
     free(t->pieces);
     free(t->requests);
@@ -314,8 +315,6 @@ poe_status poe_mpi_create(poe_transport **transport)
         return POE_FAILED;
     }
     MPI_Comm_set_errhandler(t->comm, MPI_ERRORS_RETURN);
-    MPI_Type_contiguous(1 << 20, MPI_BYTE, &t->mebibyte);
-    MPI_Type_commit(&t->mebibyte);
     int length;
     MPI_Get_processor_name(t->host, &length);
     t->base.ops = &mpi_ops;
