@@ -10,14 +10,14 @@
 
 #include "comm/comm.h"
 
-enum { POE_CHANNELS = 32 }; /* 0..15 the caller's, the rest for credits, control and collectives */
+enum { POE_CHANNELS = 64 }; /* 0..15 the caller's, the rest for payloads, credits, control and collectives */
 
 typedef struct poe_transport poe_transport;
 
 /* One send or receive under way; owned by who started it, untouched until done. */
 typedef struct poe_operation {
     bool done;
-    poe_status status;   /* valid when done */
+    poe_status status;   /* valid when done; the transport has said why it is not POE_OK */
     void *backend[4];    /* the transport's own */
 } poe_operation;
 
@@ -29,8 +29,10 @@ typedef struct poe_transport_ops {
     /* Completes operations. Sleeps at most `wait` seconds when there is nothing to do; ends early on any completion or
      * wake(). Returns true when something was completed. */
     bool (*progress)(poe_transport *transport, double wait);
-    void (*wake)(poe_transport *transport); /* from any thread */
-    void (*cancel)(poe_transport *transport, poe_operation *op); /* a receive that will never be matched; done after it */
+    void (*wake)(poe_transport *transport); /* from any thread or signal handler */
+    /* Ends an operation that will never be matched. It is done after it; if not, the transport may still touch its
+     * memory, which therefore must never be freed. */
+    void (*cancel)(poe_transport *transport, poe_operation *op);
     void (*destroy)(poe_transport *transport);
 } poe_transport_ops;
 

@@ -31,17 +31,20 @@ typedef struct poe_checkpoint_store poe_checkpoint_store;
  * `comm` is borrowed. */
 poe_status poe_checkpoint_store_open(poe_comm *comm, const char *out, int keep, poe_checkpoint_store **store);
 void poe_checkpoint_store_close(poe_checkpoint_store *store);
+/* True on the one rank, of those that share this folder, that writes what is there once. Not collective. */
+bool poe_checkpoint_store_leads(const poe_checkpoint_store *store);
 
 /* Writes the state after `step` updates: files under a temporary name, synced, read back; then all ranks agree; then
  * leaders write the manifest (`facts`: rank 0's object: configuration, step, data position, kernels...; others may
- * pass NULL) and rename, and older checkpoints beyond `keep` go. A failure anywhere (disk full) leaves the older
- * checkpoints, no temporary file, and POE_FAILED on every rank, said once. *path (may be NULL): where it is. */
+ * pass NULL; "step", "pending_totals" and "held_steps" are added) and rename, and older checkpoints beyond `keep` go. A
+ * failure anywhere (disk full) leaves the older checkpoints, no temporary file, and POE_FAILED on every rank, said
+ * once. *path (may be NULL): where it is. */
 poe_status poe_checkpoint_save(poe_checkpoint_store *store, int64_t step, poe_stage *stage, int stage_number,
                                const poe_pending *pending, const json_t *facts, char *path);
 
 /* Not collective. Reads stage `stage_number`'s tensors (with optimiser state and pending gradients when the stage is a
  * training one) from a checkpoint folder into `stage`; checksums are checked before HDF5 opens a file. `pending` (may
- * be NULL) has memory for as many totals as the manifest's facts name. */
+ * be NULL) has `floats` set, memory for `held` and for as many totals as the facts' "pending_totals" says. */
 poe_status poe_checkpoint_load(const char *folder, const json_t *facts, poe_stage *stage, int stage_number,
                                poe_pending *pending);
 /* Not collective. The layers' own windows and value embeddings, as stored, into model->layers for stages 0..last. */
@@ -49,7 +52,8 @@ poe_status poe_checkpoint_load_layers(const char *folder, const json_t *facts, i
 
 /* Collective. Which checkpoint to resume from: `what` is a run folder, a checkpoint folder, or "latest" (the newest one
  * under `out` that is valid on every rank). Damaged ones are named; with `use_older` the newest whole one before them
- * is taken (said), else POE_BAD_INPUT. *facts: new reference. */
+ * is taken (said), else POE_BAD_INPUT. Checkpoints that some rank does not have were never finished, and are passed
+ * over. Each rank checks its own stage's file and the shared one, with stage_number -1 all. *facts: new reference. */
 poe_status poe_checkpoint_find(poe_comm *comm, const char *what, const char *out, bool use_older, int stage_number,
                                char folder[POE_PATH_MAX], json_t **facts);
 

@@ -17,10 +17,10 @@ typedef struct poe_manifest_file {
     uint32_t crc;
 } poe_manifest_file;
 
-/* Writes manifest.json into `folder`: `facts` (an object, borrowed) with the files' table added, and its own checksum. */
+/* Writes manifest.json into `folder`: `facts` (an object, borrowed), the files' table, and its own checksum. */
 poe_status poe_manifest_write(const char *folder, const json_t *facts, const poe_manifest_file *files, int n_files);
 
-/* Reads and checks manifest.json alone; *facts is a new reference. POE_BAD_INPUT: said (when `loud`), naming the file. */
+/* Reads and checks manifest.json alone; *facts is a new reference. POE_BAD_INPUT: said when `loud`. */
 poe_status poe_manifest_read(const char *folder, bool loud, json_t **facts);
 /* Checks length and CRC of one file, or with name NULL of all, against the manifest. Said when `loud`. A file that is
  * not in the manifest is POE_BAD_INPUT too. */
@@ -28,7 +28,10 @@ poe_status poe_manifest_check(const char *folder, const json_t *facts, const cha
 
 /* The steps of all finished checkpoints in `folder` (a run folder's checkpoints/), newest first; the caller frees. */
 poe_status poe_checkpoint_list(const char *folder, int64_t **steps, int *count);
-/* Removes temporary folders that a killed process left, and all but the newest `keep` (0: all stay) checkpoints. */
-poe_status poe_checkpoint_clean(const char *folder, int keep);
+/* The step that the name of a checkpoint's folder tells, or -1. */
+int64_t poe_checkpoint_step(const char *name);
+/* Removes temporary folders that a killed process left, and of the checkpoints up to `step` all but the newest `keep`
+ * (0: all stay). Later ones were left behind by resuming from before them, and stay. */
+poe_status poe_checkpoint_clean(const char *folder, int64_t step, int keep);
 
 #endif

@@ -13,8 +13,8 @@ typedef enum poe_dtype { POE_F32, POE_BF16 } poe_dtype;
 
 typedef struct poe_safetensor {
     char name[128];
-    int ndim; /* 1 or 2; 0-dimensional ones are read as (1) */
-    size_t shape[2];
+    int ndim;        /* 1 or 2; 0-dimensional ones are read as (1) */
+    size_t shape[2]; /* ndim 1, read from a file: shape[1] is 1 */
     poe_dtype dtype;
 } poe_safetensor;
 
@@ -31,7 +31,8 @@ void poe_safetensors_read(const poe_safetensors *file, const poe_safetensor *ten
                           float *values);
 
 /* Writing: all names and shapes first, then values in any order and in pieces; written under a temporary name, synced,
- * read back and compared by CRC, renamed by finish. POE_FAILED: said, nothing is left behind. bf16: round to nearest even. */
+ * read back and compared by CRC, renamed by finish. POE_FAILED: said, nothing is left behind. bf16: round to nearest
+ * even. */
 typedef struct poe_safetensors_writer poe_safetensors_writer;
 poe_status poe_safetensors_writer_create(const char *path, const poe_safetensor *tensors, size_t count,
                                          poe_safetensors_writer **writer);

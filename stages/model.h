@@ -101,7 +101,8 @@ uint64_t poe_model_parameters(const poe_model *model);
 uint64_t poe_model_scaling_parameters(const poe_model *model);
 uint64_t poe_model_reference_parameters(const poe_model *model);
 
-/* Model FLOPs of forward and backward for one token in stage `stage` (products and attention, head included). */
+/* Model FLOPs of forward and backward for one token in stage `stage`, as nanochat counts them: 6 for each element of a
+ * block matrix and of the head, 12 C min(window, T) for a layer's attention (what the causal mask hides counts). */
 double poe_model_flops_per_token(const poe_model *model, int stage);
 
 /* Writes the initial values (spec 1, "Initialisation") of `table`'s tensors at `values`; depends on the seed and each

@@ -36,35 +36,43 @@ poe_status poe_stage_create(const poe_model *model, const poe_stage_settings *se
                             poe_stage **stage);
 void poe_stage_destroy(poe_stage *stage); /* NULL is legal */
 
-/* The tensors and where they are. Own: this stage's alone. Shared: its replica of wte, lm_head, smear. */
+const poe_model *poe_stage_model(const poe_stage *stage);
+
+/* The tensors and where they are. Own: this stage's alone. Shared: its replica of wte, lm_head, smear. Gradients are
+ * laid out as the values, with one exception: under ps the gradient of W_head + W_head_k goes equally to both, is kept
+ * once, as lm_head's, and the own gradients end before lm_head_stages.k, which stands last in the own table. */
 const poe_tensor_table *poe_stage_own_table(const poe_stage *stage);
 const poe_tensor_table *poe_stage_shared_table(const poe_stage *stage);
 float *poe_stage_own_values(poe_stage *stage);
 float *poe_stage_shared_values(poe_stage *stage);
-float *poe_stage_own_gradients(poe_stage *stage);
-float *poe_stage_shared_gradients(poe_stage *stage); /* this stage's sum over the step's micro-batches */
+float *poe_stage_own_gradients(poe_stage *stage);    /* NULL unless training */
+float *poe_stage_shared_gradients(poe_stage *stage); /* likewise; this stage's sum over the step's micro-batches */
 /* Call after writing parameter values from outside (loading, initialising): refreshes what is derived from them. */
 void poe_stage_parameters_changed(poe_stage *stage);
 
 /* Forward of one micro-batch: b rows (<= B) of t positions (<= T). idx (b,t) in 0..V-1. h_in (b,t,C): the previous
- * stage's output, detached; NULL on stage 0, which starts from x0. h_out (b,t,C). Everything backward needs is kept
- * until the next forward. All pointers are borrowed; idx and h_in must stay until poe_stage_backward() is done. */
+ * stage's output, detached; NULL on stage 0, which starts from x0. h_out (b,t,C); NULL: nobody wants it. Everything
+ * backward needs is kept until the next forward. All pointers are borrowed; idx and h_in must stay until
+ * poe_stage_backward() is done. */
 void poe_stage_forward(poe_stage *stage, size_t b, size_t t, const int32_t *idx, const float *h_in, float *h_out);
 
 /* Loss of the last forward against targets (b,t) (negative: ignored), and the local backward pass, gradients of
- * loss * stage weight / n_micro added to those of the step. *loss: mean nats over targets >= 0, unweighted.
- * POE_NUMERIC when it is NaN or Inf (not said: the caller knows the step). */
+ * loss * stage weight / n_micro added to those of the step. Stage weight: 1 / K^(1 - alpha); 1 for bp. *loss: mean nats
+ * over targets >= 0, unweighted. POE_NUMERIC when it is NaN or Inf (not said: the caller knows the step); the
+ * gradients are then of no use. */
 poe_status poe_stage_backward(poe_stage *stage, const int32_t *targets, int n_micro, double *loss);
 
-void poe_stage_clear_gradients(poe_stage *stage); /* at the start of a step (own), see also held shared sums */
+void poe_stage_clear_gradients(poe_stage *stage); /* the own ones, at the start of a step */
 void poe_stage_clear_shared_gradients(poe_stage *stage);
 
 /* One update with the accumulated gradients at the given rates: the stage's own tensors (t counts updates), or the
- * shared ones with gradients `sum` (the whole model's, laid out as the shared table). */
+ * shared ones with gradients `sum` (the whole model's, laid out as the shared table). Under ps the own head reads this
+ * stage's part of lm_head's gradient: so update_own comes before anything else is written over the shared gradients,
+ * and those must be of this one step. */
 void poe_stage_update_own(poe_stage *stage, const poe_rates *rates);
 void poe_stage_update_shared(poe_stage *stage, const poe_rates *rates, const float *sum);
 
-/* True when every own gradient is finite. */
+/* True when every gradient of this stage, own and shared, is finite. */
 bool poe_stage_gradients_finite(const poe_stage *stage);
 
 /* Optimiser state as one flat piece per tensor, for checkpoints: own first or shared. For tensor `row` of the own
@@ -77,7 +85,8 @@ int64_t *poe_stage_own_updates(poe_stage *stage);
 int64_t *poe_stage_shared_updates(poe_stage *stage);
 
 /* Logits of this stage for the rows first..first+n-1 of the last forward (rows counted over b*t), softcap applied:
- * z (n,V). n <= poe_stage_logit_rows(). */
+ * z (n,V). n <= poe_stage_logit_rows(), which keeps z within 8 MiB or one row. Not after an update: only after a
+ * forward with the parameters as they are. */
 size_t poe_stage_logit_rows(const poe_stage *stage);
 void poe_stage_logits(poe_stage *stage, size_t first, size_t n, float *z);
 

@@ -122,7 +122,7 @@ static poe_status write_all(const char *out, part train, part val, const poe_tok
     return status;
 }
 
-poe_status poe_data(const poe_options *options)
+static poe_status make_shards(const poe_options *options)
 {
     part train = {0}, val = {0};
     poe_tokenizer *tokenizer = NULL;
@@ -150,4 +150,9 @@ poe_status poe_data(const poe_options *options)
         poe_documents_close(val.documents);
     poe_documents_close(train.documents);
     return status;
+}
+
+int poe_program_data(const poe_options *options)
+{
+    return poe_exit_status(make_shards(options));
 }

@@ -18,17 +18,17 @@ static int launch(int argc, char **argv, const poe_options *options)
     return status == POE_OK ? exit_status : poe_exit_status(status);
 }
 
-static int run_command(poe_command command, const poe_options *options)
+static int run_command(poe_command command, char **argv, const poe_options *options)
 {
     switch (command) {
     case POE_COMMAND_GENERATE:
-        return poe_exit_status(poe_generate(options));
+        return poe_program_generate(argv, options);
     case POE_COMMAND_INSPECT:
-        return poe_exit_status(poe_inspect(options));
+        return poe_program_inspect(options);
     case POE_COMMAND_EXPORT:
-        return poe_exit_status(poe_export(options));
+        return poe_program_export(argv, options);
     default:
-        return poe_exit_status(poe_data(options));
+        return poe_program_data(options);
     }
 }
 
@@ -50,7 +50,7 @@ static int run(int argc, char **argv, poe_command command, poe_options *options,
     if (parsed != POE_OK)
         return poe_exit_status(parsed);
     if (!train)
-        return run_command(command, options);
+        return run_command(command, argv, options);
     if (options->ranks > 0 && !options->dry_run)
         return launch(argc, argv, options);
     return poe_train_main(argc, argv, options, parsed);

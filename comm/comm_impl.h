@@ -1,0 +1,117 @@
+/* SPDX-License-Identifier: MIT
+ * What the files of comm/ share: the helper thread's parts, how the rank's thread waits for them, how a loss spreads.
+ *
+ * Two threads: the rank's own, which calls comm.h, and the helper, which alone calls the transport. Each part (link,
+ * reduce, chain, watch) is a state machine that the helper advances after every sign of progress. The threads meet in
+ * atomic counters, each written by one of them; the lock guards only what the struct below says. */
+#ifndef POE_COMM_COMM_IMPL_H
+#define POE_COMM_COMM_IMPL_H
+
+#include <pthread.h>
+#include <stdatomic.h>
+#include <time.h>
+
+#include "comm/message.h"
+#include "comm/transport.h"
+#include "src/log.h"
+
+/* Channels of the transport. Links and reduces have 0..15 for frames; the others are derived. */
+enum {
+    POE_CHANNEL_PAYLOAD = 16,
+    POE_CHANNEL_CREDIT = 32,
+    POE_CHANNEL_BEAT = 48,
+    POE_CHANNEL_COLLECTIVE = 49,
+    POE_CHANNEL_COLLECTIVE_PAYLOAD = 50,
+};
+
+typedef struct poe_part poe_part;
+struct poe_part {
+    poe_comm *comm;
+    poe_part *next;
+    bool (*advance)(poe_part *part); /* in the helper thread; true when something moved */
+    poe_operation *operations;       /* all that the part ever starts; done while idle */
+    int n_operations;
+    atomic_int sending;              /* sends of payload under way, for the account of overlap */
+};
+
+/* What the rank's thread waits for, for the watch and for people. */
+typedef struct poe_wait {
+    char text[160];         /* "step 3, micro-batch 1 on link activations 0->1" */
+    const atomic_int *peer; /* the rank that must act next */
+    double *account;        /* field of stats */
+    bool end;               /* the end of the job: a peer that leaves is no loss */
+    double since, said;     /* monotonic; set by poe_part_wait() */
+    time_t since_wall;
+} poe_wait;
+
+typedef struct poe_watch poe_watch;
+typedef struct poe_chain poe_chain;
+
+struct poe_comm {
+    poe_transport *transport;
+    poe_log *log;
+    pthread_t thread;
+    bool running;
+    poe_watch *watch;
+    poe_chain *chain;
+    atomic_int status;   /* POE_OK, or POE_PEER_LOST for good */
+    atomic_bool blamed;  /* somebody says, or has said, why */
+    atomic_bool quit, report, stop;
+
+    pthread_mutex_t lock; /* guards: */
+    pthread_cond_t changed;
+    poe_comm_settings settings;
+    poe_part *attach, *detach; /* requests to the helper thread, NULL when served */
+    poe_wait *wait;            /* NULL while the rank's thread does not wait */
+    const char *doing;
+    int64_t doing_step;
+    int doing_micro;
+    poe_comm_stats stats;
+    double accounted; /* transfer and transfer_busy are right up to here */
+    bool sending;
+
+    poe_part *parts; /* the helper thread's, as is the rest */
+    double due;       /* when it must look again, even if nothing happens */
+    poe_comm_stats tally;
+};
+
+/* --- comm.c ------------------------------------------------------------------------------------------------------------ */
+static inline bool poe_comm_lost(const poe_comm *comm)
+{
+    return atomic_load(&comm->status) != POE_OK;
+}
+/* Says the sentence, unless the comm is lost already, and loses the comm. Either thread, without the lock. */
+void poe_comm_lose(poe_comm *comm, const char *format, ...) __attribute__((format(printf, 2, 3)));
+void poe_comm_wake(poe_comm *comm);
+
+/* Hands a part to the helper thread, takes it back. After detaching nothing is started for it; true when every
+ * operation has ended, so that its memory may be freed. */
+void poe_part_attach(poe_part *part);
+bool poe_part_detach(poe_part *part);
+/* Sleeps until ready(part); `wait` has text, peer, account and end. POE_PEER_LOST: said. */
+poe_status poe_part_wait(poe_part *part, poe_wait *wait, bool (*ready)(const poe_part *part));
+
+/* For advance(): start an operation; ask whether it is over (a failed one loses the comm). `data` lives till then. */
+void poe_part_send(poe_part *part, int peer, int channel, const void *data, size_t bytes, poe_operation *op);
+void poe_part_receive(poe_part *part, int peer, int channel, void *data, size_t bytes, poe_operation *op);
+bool poe_part_done(poe_part *part, const poe_operation *op);
+
+/* --- watch.c ----------------------------------------------------------------------------------------------------------- */
+typedef enum poe_presence { POE_HERE = 0, POE_LEAVING, POE_GONE } poe_presence;
+
+poe_status poe_watch_create(poe_comm *comm);
+void poe_watch_destroy(poe_comm *comm); /* detaches it first */
+/* From now on heartbeats are exchanged with `peer`. */
+void poe_watch_add(poe_comm *comm, int peer);
+/* Helper thread: something came from `peer`, at poe_now(). */
+void poe_watch_heard(poe_comm *comm, int peer, double now);
+/* Tells all watched peers, and waits a moment for the news to be out when the rank is gone. */
+void poe_watch_leave(poe_comm *comm, poe_presence presence);
+
+/* --- collective.c ------------------------------------------------------------------------------------------------------ */
+poe_status poe_chain_create(poe_comm *comm);
+void poe_chain_destroy(poe_comm *comm); /* detaches it first */
+/* The last barrier: while it lasts, peers may leave. */
+poe_status poe_chain_end(poe_comm *comm);
+
+#endif

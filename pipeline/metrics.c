@@ -1,0 +1,80 @@
+/* SPDX-License-Identifier: MIT */
+#include "pipeline/metrics.h"
+
+#include <errno.h>
+#include <stdbool.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "src/files.h"
+#include "src/log.h"
+
+/* A training line says what step it is ("loss"), an evaluation how many updates came before it. */
+static bool belongs_before(const char *line, int64_t first)
+{
+    json_t *object = json_loads(line, 0, NULL);
+    json_t *step = json_object_get(object, "step");
+    bool training = json_object_get(object, "loss") != NULL;
+    bool before = json_is_integer(step) && json_integer_value(step) < first + (training ? 0 : 1);
+    json_decref(object);
+    return before;
+}
+
+/* The lines of `text` that belong before step `first`, moved to its front; returns their length. A last line without
+ * an end was cut short by a kill and is dropped. */
+static size_t keep_lines(char *text, int64_t first)
+{
+    size_t kept = 0;
+    for (char *line = text, *end; (end = strchr(line, '\n')); line = end + 1) {
+        *end = '\0';
+        if (!belongs_before(line, first))
+            continue;
+        size_t length = (size_t)(end - line);
+        memmove(text + kept, line, length);
+        text[kept + length] = '\n';
+        kept += length + 1;
+    }
+    return kept;
+}
+
+poe_status poe_metrics_open(poe_metrics *metrics, const char *path, const char *previous, int64_t first)
+{
+    char *text = NULL;
+    size_t size = 0;
+    if (previous && access(previous, F_OK) == 0) {
+        poe_status status = poe_read_file(previous, "metrics of the resumed run", &text, &size);
+        if (status != POE_OK)
+            return status;
+        size = keep_lines(text, first);
+    }
+    poe_status status = poe_write_file(path, text ? text : "", size);
+    free(text);
+    if (status != POE_OK)
+        return status;
+    *metrics = (poe_metrics){.file = fopen(path, "a"), .path = path};
+    if (!metrics->file) {
+        poe_error("cannot write %s: %s", path, strerror(errno));
+        return POE_FAILED;
+    }
+    return POE_OK;
+}
+
+poe_status poe_metrics_write(poe_metrics *metrics, json_t *object)
+{
+    int bad = json_dumpf(object, metrics->file, JSON_COMPACT | JSON_REAL_PRECISION(9));
+    json_decref(object);
+    bad |= fputc('\n', metrics->file) == EOF;
+    bad |= fflush(metrics->file);
+    if (!bad)
+        return POE_OK;
+    poe_error("cannot write %s: %s", metrics->path, strerror(errno));
+    return POE_FAILED;
+}
+
+void poe_metrics_close(poe_metrics *metrics)
+{
+    if (metrics->file)
+        fclose(metrics->file);
+    metrics->file = NULL;
+}

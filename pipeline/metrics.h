@@ -1,0 +1,25 @@
+/* SPDX-License-Identifier: MIT
+ * metrics.jsonl: one JSON object per line, for each step and each evaluation; written by the last rank. */
+#ifndef POE_PIPELINE_METRICS_H
+#define POE_PIPELINE_METRICS_H
+
+#include <jansson.h>
+#include <stdint.h>
+#include <stdio.h>
+
+#include "src/status.h"
+
+typedef struct poe_metrics {
+    FILE *file;
+    const char *path; /* borrowed */
+} poe_metrics;
+
+/* Opens OUT's metrics for steps `first` on. `previous` (NULL: none; may be `path` itself): the file of the run that is
+ * resumed: its lines of earlier steps are kept, so that each step is there once. POE_FAILED: said. */
+poe_status poe_metrics_open(poe_metrics *metrics, const char *path, const char *previous, int64_t first);
+
+/* Writes one line, whole or not at all to a reader; takes the reference of `object`. */
+poe_status poe_metrics_write(poe_metrics *metrics, json_t *object);
+void poe_metrics_close(poe_metrics *metrics);
+
+#endif

@@ -1,0 +1,338 @@
+/* SPDX-License-Identifier: MIT */
+#include "pipeline/report.h"
+
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/resource.h>
+#include <unistd.h>
+
+#include "pipeline/settings.h"
+#include "pipeline/train.h"
+#include "src/clock.h"
+#include "src/log.h"
+
+static const double plain_interval = 2.0; /* seconds between progress lines where no terminal renews them */
+enum { SHOWN_LOSSES = 8 };                /* more stages than that do not fit on a line */
+
+/* mpiexec gives its ranks pseudo-terminals, so its own standard output decides. */
+static bool launcher_is_terminal(void)
+{
+    char link[64], target[256];
+    snprintf(link, sizeof(link), "/proc/%ld/fd/1", (long)getppid());
+    ssize_t n = readlink(link, target, sizeof(target) - 1);
+    if (n < 0)
+        return false;
+    target[n] = '\0';
+    return strncmp(target, "/dev/pts/", 9) == 0 || strncmp(target, "/dev/tty", 8) == 0;
+}
+
+bool poe_report_terminal(void)
+{
+    const char *told = getenv("POE_PIPE_TTY");
+    if (told)
+        return strcmp(told, "1") == 0;
+    return isatty(STDOUT_FILENO) && (!getenv("OMPI_COMM_WORLD_SIZE") || launcher_is_terminal());
+}
+
+/* --- start ------------------------------------------------------------------------------------------------------------------- */
+
+static const char *mib(double bytes, char text[32])
+{
+    if (bytes >= 10 * 0x1p30)
+        snprintf(text, 32, "%.1f GiB", bytes / 0x1p30);
+    else
+        snprintf(text, 32, bytes < 10 * 0x1p20 ? "%.1f MiB" : "%.0f MiB", bytes / 0x1p20);
+    return text;
+}
+
+static void print_model(const poe_options *o, const poe_model *m)
+{
+    const poe_model_config *c = &m->config;
+    printf("model     %d layers, %d channels, %d heads (%d key/value) of %zu, mlp %zu, window %s, %s\n", m->n_layers,
+           c->n_embd, c->n_head, c->n_kv_head, m->head_size, m->mlp_dim, c->window_pattern,
+           c->head == POE_HEAD_PER_STAGE ? "shared and per-stage heads" : "one shared head");
+    printf("          vocabulary %d (padded to %zu), sequence %d, %.3f M parameters\n", c->vocab_size, m->vocab_padded,
+           c->sequence_len, (double)poe_model_parameters(m) / 1e6);
+    printf("objective %s, alpha %g, %d stages, --sync %s, %d steps of %lld tokens (%d micro-batches of %d x %d)\n",
+           o->objective, c->alpha, c->n_stages, o->sync, o->num_iterations, (long long)o->total_batch_size,
+           poe_settings_micro_batches(o), o->device_batch_size, c->sequence_len);
+}
+
+static poe_status print_stages(const poe_options *o, const poe_model *m, int threads)
+{
+    printf("\n stage  layers  parameters       weights  gradients  optimiser  activations  messages   scratch     total\n");
+    for (int k = 0; k < m->config.n_stages; k++) {
+        poe_run_memory memory;
+        poe_status status = poe_run_size(o, m, k, threads, &memory);
+        if (status != POE_OK)
+            return status;
+        char a[32], b[32], c[32], d[32], e[32], f[32], g[32];
+        printf("%6d  %2d..%-2d  %8.3f M    %10s %10s %10s   %10s %9s %9s %9s\n", k, m->first_layer[k],
+               m->first_layer[k + 1] - 1, (double)poe_model_stage_parameters(m, k) / 1e6,
+               mib((double)memory.parameters, a), mib((double)(memory.gradients + memory.pending), b),
+               mib((double)memory.optimizer, c), mib((double)memory.activations, d), mib((double)memory.messages, e),
+               mib((double)memory.scratch, f), mib((double)poe_run_memory_total(&memory), g));
+    }
+    printf("shared          %8.3f M    (embedding, head, smear: a replica on every rank, in its numbers)\n\n",
+           (double)poe_model_stage_parameters(m, -1) / 1e6);
+    return POE_OK;
+}
+
+static void print_data(const poe_run *r)
+{
+    const poe_options *o = r->options;
+    printf("data      %s%s", o->data.paths[0], o->data.count > 1 ? " and others" : "");
+    if (poe_feed_documents(r->corpus.train))
+        printf(", %zu documents", poe_feed_documents(r->corpus.train));
+    else if (poe_feed_tokens(r->corpus.train))
+        printf(", %zu tokens", poe_feed_tokens(r->corpus.train));
+    if (r->corpus.tokenizer)
+        printf(", tokenizer %s", r->corpus.trained ? "trained from it" : o->tokenizer ? o->tokenizer : "of the run");
+    long long rows = 0;
+    for (int i = 0; i < r->corpus.n_eval; i++)
+        rows += r->corpus.eval_rows[i];
+    if (rows)
+        printf("; evaluated on %lld held-out tokens\n", rows * o->sequence_len);
+    else
+        printf("; no held-out text, no evaluation\n");
+}
+
+poe_status poe_report_start(const poe_options *o, const poe_model *m, int threads, const poe_run *r)
+{
+    printf("poe-pipe %s\n", POE_VERSION);
+    print_model(o, m);
+    if (r) {
+        print_data(r);
+        printf("ranks     %d over %s, %d on this host, %d thread%s each, kernels %s, OpenBLAS %s\n", r->size,
+               poe_comm_transport(r->comm), poe_comm_host_ranks(r->comm), threads, threads == 1 ? "" : "s",
+               poe_kernels_name(r->kernels), poe_blas_kernels());
+        printf("output    %s\n", r->out);
+    }
+    poe_status status = print_stages(o, m, threads);
+    fflush(stdout);
+    return status;
+}
+
+double poe_report_loss(const poe_model *m, const double *stage_losses)
+{
+    int n = m->config.n_stages;
+    double sum = 0;
+    for (int k = 0; k < n; k++)
+        sum += stage_losses[k] / pow(n, 1 - m->config.alpha);
+    return sum;
+}
+
+void poe_report_complete_config(const poe_run *r, json_t *config)
+{
+    char path[POE_PATH_MAX + 16];
+    json_object_set_new(config, "vocab_size", json_integer(r->corpus.vocab_size));
+    if (r->corpus.trained) {
+        snprintf(path, sizeof(path), "%s/tokenizer.json", r->out);
+        json_object_set_new(config, "tokenizer", json_string(path));
+    }
+}
+
+/* --- progress ---------------------------------------------------------------------------------------------------------------- */
+
+void poe_progress_start(poe_progress *p, const poe_run *run)
+{
+    *p = (poe_progress){.run = run, .terminal = poe_report_terminal(), .started = poe_now(), .first_step = run->first_step};
+}
+
+static int terminal_columns(void)
+{
+    struct winsize size;
+    if (ioctl(STDOUT_FILENO, TIOCGWINSZ, &size) == 0 && size.ws_col > 0)
+        return size.ws_col;
+    const char *columns = getenv("COLUMNS");
+    int n = columns ? atoi(columns) : 0;
+    return n > 0 ? n : 120;
+}
+
+static void end_line(poe_progress *p)
+{
+    if (p->pending_newline)
+        putchar('\n');
+    p->pending_newline = false;
+}
+
+static void show_line(poe_progress *p, const char *line, bool last)
+{
+    if (!p->terminal) {
+        puts(line);
+    } else {
+        printf("\r\033[K%.*s", terminal_columns() - 1, line);
+        p->pending_newline = true;
+        if (last)
+            end_line(p);
+    }
+    fflush(stdout);
+}
+
+static int append_losses(char *text, size_t room, const double *losses, int n)
+{
+    int used = snprintf(text, room, " (");
+    for (int k = 0; k < n && k < SHOWN_LOSSES; k++)
+        used += snprintf(text + used, room - (size_t)used, "%s%.3f", k ? " " : "", losses[k]);
+    return used + snprintf(text + used, room - (size_t)used, "%s)", n > SHOWN_LOSSES ? " ..." : "");
+}
+
+static void format_time(double seconds, char text[32])
+{
+    if (seconds < 60)
+        snprintf(text, 32, "%.1fs", seconds);
+    else if (seconds < 3600)
+        snprintf(text, 32, "%dm%02ds", (int)seconds / 60, (int)seconds % 60);
+    else
+        snprintf(text, 32, "%dh%02dm", (int)seconds / 3600, (int)seconds / 60 % 60);
+}
+
+void poe_progress_step(poe_progress *p, int64_t step, double loss, const double *stage_losses, double lrm, double dt,
+                       uint32_t epoch)
+{
+    const poe_run *r = p->run;
+    int n = r->options->num_iterations;
+    if (step > p->first_step) {
+        p->step_seconds += dt;
+        p->counted++;
+    }
+    double now = poe_now();
+    bool last = step + 1 == n;
+    if (!p->terminal && !last && step != p->first_step && now - p->shown < plain_interval)
+        return;
+    p->shown = now;
+    char line[512], total[32], eta[32] = "?";
+    format_time(now - p->started, total);
+    if (p->counted)
+        format_time(p->step_seconds / (double)p->counted * (double)(n - step - 1), eta);
+    int used = snprintf(line, sizeof(line), "step %05lld/%05d (%.2f%%) | loss: %.4f", (long long)step, n,
+                        100.0 * (double)(step + 1) / n, loss);
+    if (r->size > 1)
+        used += append_losses(line + used, sizeof(line) - (size_t)used, stage_losses, r->size);
+    snprintf(line + used, sizeof(line) - (size_t)used,
+             " | lrm: %.2f | dt: %.0fms | tok/sec: %.0f | epoch: %u | total time: %s | eta: %s", lrm, dt * 1e3,
+             (double)r->options->total_batch_size / dt, epoch, total, eta);
+    show_line(p, line, last);
+}
+
+void poe_progress_evaluation(poe_progress *p, int64_t step, const poe_evaluation *e, bool has_tokenizer)
+{
+    double (*of)(const poe_evaluation *, const poe_score *) = has_tokenizer ? poe_evaluation_bpb : poe_evaluation_nats;
+    end_line(p);
+    printf("step %05lld | validation %s:", (long long)step, has_tokenizer ? "bpb" : "nats per token");
+    for (int k = 0; k < e->n_stages && k < SHOWN_LOSSES; k++)
+        printf(" %.4f", of(e, &e->stage[k]));
+    const poe_score *aggregate = &e->prefix[e->n_stages - 1];
+    printf(" | aggregate: %.4f, accuracy %.2f%%\n", of(e, aggregate), 100 * poe_evaluation_accuracy(e, aggregate));
+    fflush(stdout);
+}
+
+void poe_progress_end(poe_progress *p)
+{
+    end_line(p);
+    fflush(stdout);
+}
+
+/* --- end --------------------------------------------------------------------------------------------------------------------- */
+
+static void print_score(const char *name, const poe_evaluation *e, const poe_score *score, bool has_tokenizer)
+{
+    printf("%-16s  %10.6f  %8.2f %%  %12.6f\n", name,
+           has_tokenizer ? poe_evaluation_bpb(e, score) : poe_evaluation_nats(e, score),
+           100 * poe_evaluation_accuracy(e, score), exp(poe_evaluation_nats(e, score)));
+}
+
+void poe_report_evaluation(const poe_options *o, const poe_evaluation *e, bool has_tokenizer)
+{
+    printf("\nheld-out text: %lld targets", (long long)e->targets);
+    if (has_tokenizer)
+        printf(", %lld bytes", (long long)e->bytes);
+    printf("; stages combined by %s\n%-16s  %10s  %10s  %12s\n", o->aggregate, "", has_tokenizer ? "BPB" : "nats/token",
+           "top-1", "perplexity");
+    char name[32];
+    for (int k = 0; k < e->n_stages; k++) {
+        snprintf(name, sizeof(name), "stage %d", k);
+        print_score(name, e, &e->stage[k], has_tokenizer);
+    }
+    for (int k = 1; k + 1 < e->n_stages; k++) {
+        snprintf(name, sizeof(name), "stages 0..%d", k);
+        print_score(name, e, &e->prefix[k], has_tokenizer);
+    }
+    if (e->n_stages > 1)
+        print_score("all (aggregate)", e, &e->prefix[e->n_stages - 1], has_tokenizer);
+    fflush(stdout);
+}
+
+typedef struct rank_facts {
+    poe_comm_stats stats;
+    uint64_t arenas;      /* bytes */
+    uint64_t peak;        /* bytes: resident, of the whole process */
+} rank_facts;
+
+static uint64_t peak_memory(void)
+{
+    struct rusage usage;
+    return getrusage(RUSAGE_SELF, &usage) == 0 ? (uint64_t)usage.ru_maxrss * 1024 : 0;
+}
+
+static double share(double part, double whole)
+{
+    return whole > 0 ? 100 * part / whole : 0;
+}
+
+static void print_ranks(const poe_run *r, const poe_training *t, const rank_facts *all)
+{
+    bool processes = strcmp(poe_comm_transport(r->comm), "inproc") != 0;
+    printf("\n%.0f tokens/s over %.1f s of training\n", (double)t->tokens / t->seconds, t->seconds);
+    printf(" rank  waited for: activations  credits   shared sums    sent      overlapped   arenas     peak%s\n",
+           processes ? "" : " (all)");
+    for (int k = 0; k < r->size; k++) {
+        const poe_comm_stats *s = &all[k].stats;
+        char sent[32], arenas[32], peak[32], overlap[32] = "-";
+        if (s->transfer > 0)
+            snprintf(overlap, sizeof(overlap), "%.0f %%", share(s->transfer_busy, s->transfer));
+        printf("%5d             %8.1f %%   %6.1f %%   %8.1f %%   %9s %11s  %9s %9s\n", k,
+               share(s->receive_wait, t->seconds), share(s->credit_wait, t->seconds), share(s->shared_wait, t->seconds),
+               mib((double)s->bytes_sent, sent), overlap, mib((double)all[k].arenas, arenas),
+               mib((double)all[k].peak, peak));
+    }
+    if (r->size > 1)
+        printf("(overlapped: share of the time with a message under way in which the rank was computing)\n");
+}
+
+poe_status poe_report_ranks(const poe_run *r, const poe_training *t)
+{
+    rank_facts mine = {.peak = peak_memory()}, all[POE_MAX_STAGES];
+    poe_run_memory memory;
+    poe_comm_get_stats(r->comm, &mine.stats);
+    poe_status status = poe_run_size(r->options, &r->model, r->rank, r->threads, &memory);
+    if (status != POE_OK)
+        return status;
+    mine.arenas = poe_run_memory_total(&memory);
+    status = poe_comm_gather(r->comm, &mine, all, sizeof(mine));
+    if (status == POE_OK && r->rank == 0 && t->tokens)
+        print_ranks(r, t, all);
+    return status;
+}
+
+void poe_report_files(const poe_run *r, const poe_training *t, bool interrupted)
+{
+    printf("\n");
+    if (t->checkpoint[0])
+        printf("checkpoint  %s (%.3f M parameters)\n", t->checkpoint, (double)poe_model_parameters(&r->model) / 1e6);
+    printf("metrics     %s/metrics.jsonl\n", r->out);
+    if (!interrupted)
+        printf("picture     %s/loss.png\n", r->out);
+    if (interrupted)
+        printf("stopped after step %lld of %d; go on:  poe-pipe%s --resume %s\n", (long long)t->steps,
+               r->options->num_iterations, r->size > 1 ? " --ranks N" : "", r->out);
+    else
+        printf("go on       poe-pipe --resume %s --num-iterations %d\n", r->out, 2 * r->options->num_iterations);
+    if (t->checkpoint[0])
+        printf("export      poe-pipe export --checkpoint %s --export model.safetensors\n"
+               "generate    poe-pipe generate --checkpoint %s --prompt \"...\"\n", t->checkpoint, t->checkpoint);
+    fflush(stdout);
+}

@@ -1,0 +1,387 @@
+/* SPDX-License-Identifier: MIT */
+#include "pipeline/run.h"
+
+#include <errno.h>
+#include <sched.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/random.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "pipeline/interchange.h"
+#include "pipeline/settings.h"
+#include "src/log.h"
+
+static int cores_of_host(void)
+{
+    cpu_set_t set;
+    return sched_getaffinity(0, sizeof(set), &set) == 0 ? CPU_COUNT(&set) : 1;
+}
+
+int poe_run_threads(const poe_options *options, int ranks_on_host)
+{
+    if (options->threads)
+        return options->threads;
+    int share = cores_of_host() / ranks_on_host;
+    return share > 1 ? share : 1;
+}
+
+/* --- agreement -------------------------------------------------------------------------------------------------------- */
+
+/* Rank 0's text at everyone; the caller frees *copy. */
+static poe_status broadcast_text(poe_comm *comm, const char *text, char **copy)
+{
+    uint64_t length = text ? strlen(text) : 0;
+    poe_status status = poe_comm_broadcast(comm, 0, &length, sizeof(length));
+    if (status != POE_OK)
+        return status;
+    *copy = calloc(length + 1, 1);
+    if (!*copy) {
+        poe_error("out of memory for a text of %llu bytes", (unsigned long long)length);
+        return POE_FAILED;
+    }
+    if (poe_comm_rank(comm) == 0 && length)
+        memcpy(*copy, text, length);
+    return poe_comm_broadcast(comm, 0, *copy, length);
+}
+
+static poe_status compare_options(const poe_options *options, const char *rank0)
+{
+    json_t *mine = poe_options_json(options), *theirs = json_loads(rank0, 0, NULL);
+    char a[256], b[256];
+    const char *key = poe_options_difference(mine, theirs, a, b);
+    if (key)
+        poe_error("this rank got another configuration than rank 0: %s is %s here and %s there; "
+                  "all ranks must be started with the same flags", key, a, b);
+    json_decref(mine);
+    json_decref(theirs);
+    return key ? POE_BAD_INPUT : POE_OK;
+}
+
+static poe_status agree_on_options(poe_run *r)
+{
+    char *text = NULL, *rank0 = NULL;
+    if (r->rank == 0) {
+        json_t *json = poe_options_json(r->options);
+        text = json_dumps(json, JSON_COMPACT);
+        json_decref(json);
+    }
+    poe_status status = broadcast_text(r->comm, text, &rank0);
+    if (status == POE_OK)
+        status = poe_comm_agree(r->comm, compare_options(r->options, rank0));
+    free(text);
+    free(rank0);
+    return status;
+}
+
+static poe_status agree_on_kernels(poe_run *r)
+{
+    poe_status status = poe_kernels_parse(r->options->kernels, &r->kernels);
+    if (status == POE_OK)
+        status = poe_blas_check();
+    status = poe_comm_agree(r->comm, status);
+    int32_t mine = (int32_t)r->kernels, all[POE_MAX_STAGES], least = mine;
+    if (status == POE_OK)
+        status = poe_comm_gather(r->comm, &mine, all, sizeof(mine));
+    if (status != POE_OK)
+        return status;
+    for (int k = 0; k < r->size; k++)
+        least = all[k] < least ? all[k] : least;
+    if (mine != least) {
+        poe_error("ranks chose different kernels: %s here, %s elsewhere; give all of them --kernels %s",
+                  poe_kernels_name(r->kernels), poe_kernels_name((poe_kernels)least), poe_kernels_name((poe_kernels)least));
+        status = POE_BAD_INPUT;
+    }
+    return poe_comm_agree(r->comm, status);
+}
+
+static poe_status agree_on_id(poe_run *r)
+{
+    if (getrandom(&r->id, sizeof(r->id), 0) != (ssize_t)sizeof(r->id))
+        r->id = (uint64_t)time(NULL) ^ ((uint64_t)getpid() << 32);
+    return poe_comm_broadcast(r->comm, 0, &r->id, sizeof(r->id));
+}
+
+/* --- folders and the checkpoint to go on from --------------------------------------------------------------------------- */
+
+/* RUN of RUN/checkpoints/step-N. */
+static void run_folder_of(const char *checkpoint, char folder[POE_PATH_MAX])
+{
+    snprintf(folder, POE_PATH_MAX, "%s", checkpoint);
+    for (int level = 0; level < 2; level++) {
+        char *slash = strrchr(folder, '/');
+        if (!slash) {
+            snprintf(folder, POE_PATH_MAX, ".");
+            return;
+        }
+        *slash = '\0';
+    }
+}
+
+static poe_status choose_out(poe_run *r)
+{
+    char name[POE_PATH_MAX] = "";
+    if (r->rank == 0 && !r->options->out && !r->resumed[0]) {
+        time_t now = time(NULL);
+        struct tm local;
+        localtime_r(&now, &local);
+        strftime(name, sizeof(name), "runs/%Y-%m-%d-%H%M%S", &local);
+    }
+    poe_status status = poe_comm_broadcast(r->comm, 0, name, sizeof(name));
+    if (status != POE_OK)
+        return status;
+    if (r->options->out)
+        return poe_path(r->out, "%s", r->options->out);
+    if (r->resumed[0])
+        run_folder_of(r->resumed, r->out);
+    else
+        memcpy(r->out, name, sizeof(name));
+    return POE_OK;
+}
+
+static poe_status check_unused(const poe_run *r)
+{
+    char path[POE_PATH_MAX];
+    poe_status status = poe_path(path, "%s/config.json", r->out);
+    if (status == POE_OK && !r->resumed[0] && access(path, F_OK) == 0) {
+        poe_error("--out %s already holds a run; go on with it by --resume %s, or choose another folder", r->out, r->out);
+        status = POE_BAD_INPUT;
+    }
+    return status;
+}
+
+/* All ranks look before any of them makes something. */
+static poe_status prepare_out(poe_run *r)
+{
+    poe_status status = choose_out(r);
+    if (status == POE_OK)
+        status = check_unused(r);
+    status = poe_comm_agree(r->comm, status);
+    if (status != POE_OK)
+        return status;
+    status = poe_make_directories(r->out);
+    if (status == POE_OK)
+        status = poe_check_writable(r->out, "--out");
+    return poe_comm_agree(r->comm, status);
+}
+
+static poe_status find_checkpoint(poe_run *r)
+{
+    const poe_options *o = r->options;
+    const char *what = o->resume;
+    if (!what)
+        return POE_OK;
+    poe_status status =
+        poe_checkpoint_find(r->comm, what, o->out ? o->out : "runs", o->resume_older, r->rank, r->resumed, &r->facts);
+    if (status != POE_OK)
+        return status;
+    r->first_step = json_integer_value(json_object_get(r->facts, "step"));
+    const char *hash = json_string_value(json_object_get(r->facts, "data_hash"));
+    r->data_hash = hash ? strtoull(hash, NULL, 16) : 0;
+    return POE_OK;
+}
+
+/* --- model and stage ------------------------------------------------------------------------------------------------------ */
+
+/* A resumed run keeps its own tokenizer, wherever the checkpoint came from. */
+static poe_status open_tokenizer(poe_run *r)
+{
+    char folder[POE_PATH_MAX], stored[POE_PATH_MAX + 16];
+    const char *path = NULL;
+    if (r->resumed[0] && !poe_options_given(r->options, "tokenizer")) {
+        run_folder_of(r->resumed, folder);
+        snprintf(stored, sizeof(stored), "%s/tokenizer.json", folder);
+        if (access(stored, R_OK) == 0)
+            path = stored;
+    }
+    return poe_corpus_open_tokenizer(&r->corpus, r->comm, r->options, path);
+}
+
+static bool trains(const poe_run *r)
+{
+    return r->purpose == POE_PURPOSE_TRAIN;
+}
+
+static poe_stage_settings stage_settings(const poe_options *o, int stage, bool training)
+{
+    return (poe_stage_settings){.stage = stage, .rows = (size_t)o->device_batch_size, .training = training};
+}
+
+static poe_status create_stage(poe_run *r)
+{
+    poe_stage_settings settings = stage_settings(r->options, r->rank, trains(r));
+    poe_backend_limits limits;
+    poe_stage_limits(&r->model, &settings, &limits);
+    r->threads = poe_run_threads(r->options, poe_comm_host_ranks(r->comm));
+    poe_status status = poe_cpu_create(r->kernels, r->threads, &limits, &r->backend);
+    return status == POE_OK ? poe_stage_create(&r->model, &settings, r->backend, &r->stage) : status;
+}
+
+static poe_status open_model(poe_run *r)
+{
+    poe_status status = poe_settings_model(r->options, r->corpus.vocab_size, &r->model);
+    poe_settings_optimizer(r->options, &r->optimizer);
+    if (status == POE_OK && r->resumed[0])
+        status = poe_checkpoint_load_layers(r->resumed, r->facts, r->rank, &r->model);
+    if (status == POE_OK)
+        status = create_stage(r);
+    return poe_comm_agree(r->comm, status);
+}
+
+/* How many vectors of shared gradients wait in the checkpoint. */
+static void restore_pending(poe_run *r, poe_pending *pending)
+{
+    int totals = (int)json_integer_value(json_object_get(r->facts, "pending_totals"));
+    int held = (int)json_integer_value(json_object_get(r->facts, "held_steps"));
+    poe_shared_restore(&r->shared, totals, held, pending);
+}
+
+static poe_status load_checkpoint(poe_run *r)
+{
+    int64_t steps[POE_MAX_STAGES];
+    float *totals[POE_MAX_STAGES];
+    poe_pending pending = {.total_steps = steps, .totals = totals};
+    if (trains(r))
+        restore_pending(r, &pending);
+    poe_status status =
+        poe_checkpoint_load(r->resumed, r->facts, r->stage, r->rank, trains(r) ? &pending : NULL);
+    if (status == POE_OK)
+        poe_stage_parameters_changed(r->stage);
+    return status;
+}
+
+static poe_status fill_parameters(poe_run *r)
+{
+    poe_status status = POE_OK;
+    if (r->resumed[0]) {
+        status = load_checkpoint(r);
+    } else if (r->options->init_from) {
+        status = poe_import(r->options->init_from, &r->model, r->stage);
+    } else {
+        uint64_t seed = (uint64_t)r->options->seed;
+        poe_model_initialise(&r->model, poe_stage_own_table(r->stage), seed, poe_stage_own_values(r->stage));
+        poe_model_initialise(&r->model, poe_stage_shared_table(r->stage), seed, poe_stage_shared_values(r->stage));
+        poe_stage_parameters_changed(r->stage);
+    }
+    return poe_comm_agree(r->comm, status);
+}
+
+static poe_shared_settings shared_settings(const poe_options *o, const int *ranks, int n_ranks, uint64_t id)
+{
+    return (poe_shared_settings){.delay = o->sync_delay,
+                                 .every = o->sync_every,
+                                 .n_steps = o->num_iterations,
+                                 .ranks = ranks,
+                                 .n_ranks = n_ranks,
+                                 .run = id};
+}
+
+static size_t aggregate_floats(size_t chunk, size_t vocab_size)
+{
+    return chunk * vocab_size;
+}
+
+static poe_status open_links(poe_run *r)
+{
+    int ranks[POE_MAX_STAGES];
+    for (int k = 0; k < r->size; k++)
+        ranks[k] = k;
+    poe_edges_chain(&r->edges, r->size);
+    size_t chunk = poe_evaluate_chunk_rows(r->stage), floats = aggregate_floats(chunk, (size_t)r->corpus.vocab_size);
+    int reports = r->options->sync_delay + 4; /* ranks may be that many steps apart, and never wait for a report */
+    poe_status status = poe_streams_open(&r->streams, r->comm, &r->edges, &r->model,
+                                         (size_t)r->options->device_batch_size, floats, reports, r->id);
+    if (status == POE_OK && trains(r)) {
+        poe_shared_settings settings = shared_settings(r->options, ranks, r->size, r->id);
+        status = poe_shared_open(&r->shared, r->comm, r->stage, &r->model, &r->optimizer, &settings, r->first_step);
+    }
+    if (status == POE_OK && !(r->evaluation_memory = calloc(2 * floats, sizeof(float)))) {
+        poe_error("out of memory for %zu log-probabilities", 2 * floats);
+        status = POE_FAILED;
+    }
+    r->evaluator = (poe_evaluator){.comm = r->comm,
+                                   .stage = r->stage,
+                                   .streams = &r->streams,
+                                   .corpus = &r->corpus,
+                                   .aggregate = poe_aggregate_parse(r->options->aggregate),
+                                   .z = r->evaluation_memory,
+                                   .lp = r->evaluation_memory ? r->evaluation_memory + floats : NULL,
+                                   .chunk = chunk};
+    return poe_comm_agree(r->comm, status);
+}
+
+poe_status poe_run_open(poe_run *r, poe_comm *comm, const poe_options *options, poe_purpose purpose)
+{
+    *r = (poe_run){.options = options, .purpose = purpose, .comm = comm, .rank = poe_comm_rank(comm), .size = poe_comm_size(comm)};
+    poe_status status = agree_on_options(r);
+    if (status == POE_OK)
+        status = agree_on_kernels(r);
+    if (status == POE_OK)
+        status = agree_on_id(r);
+    if (status == POE_OK)
+        status = find_checkpoint(r);
+    if (status == POE_OK && trains(r))
+        status = prepare_out(r);
+    if (status == POE_OK)
+        status = open_tokenizer(r);
+    if (status == POE_OK && purpose != POE_PURPOSE_USE)
+        status = poe_corpus_open_feeds(&r->corpus, comm, options, purpose == POE_PURPOSE_EVALUATE);
+    if (status == POE_OK)
+        status = open_model(r);
+    if (status == POE_OK)
+        status = open_links(r);
+    return status == POE_OK ? fill_parameters(r) : status;
+}
+
+void poe_run_close(poe_run *r)
+{
+    poe_metrics_close(&r->metrics);
+    poe_checkpoint_store_close(r->store);
+    if (r->shared.stage)
+        poe_shared_close(&r->shared);
+    poe_streams_close(&r->streams);
+    free(r->evaluation_memory);
+    poe_stage_destroy(r->stage);
+    poe_cpu_destroy(r->backend);
+    poe_corpus_close(&r->corpus);
+    json_decref(r->facts);
+}
+
+/* --- sizes ------------------------------------------------------------------------------------------------------------------ */
+
+poe_status poe_run_size(const poe_options *o, const poe_model *model, int stage, int threads, poe_run_memory *memory)
+{
+    poe_stage_settings settings = stage_settings(o, stage, true);
+    poe_stage_memory parts;
+    poe_status status = poe_stage_size(model, &settings, &parts);
+    if (status != POE_OK)
+        return status;
+    poe_tensor_table table;
+    status = poe_model_tensors(model, -1, &table);
+    if (status != POE_OK)
+        return status;
+    poe_shared_settings shared = shared_settings(o, NULL, o->stages.count, 0);
+    poe_backend_limits limits;
+    poe_stage_limits(model, &settings, &limits);
+    poe_edges edges;
+    poe_edges_chain(&edges, model->config.n_stages);
+    *memory = (poe_run_memory){
+        .parameters = parts.parameters,
+        .gradients = parts.gradients,
+        .optimizer = parts.optimizer,
+        .activations = parts.activations,
+        .pending = poe_shared_bytes(&shared, table.floats),
+        .messages = poe_streams_memory(&edges, stage, (size_t)o->device_batch_size, (size_t)o->sequence_len,
+                                       (size_t)o->n_embd),
+        .scratch = poe_cpu_scratch_bytes(&limits, threads),
+    };
+    poe_tensor_table_free(&table);
+    return POE_OK;
+}
+
+uint64_t poe_run_memory_total(const poe_run_memory *m)
+{
+    return m->parameters + m->gradients + m->optimizer + m->activations + m->pending + m->messages + m->scratch;
+}

@@ -1,0 +1,74 @@
+/* SPDX-License-Identifier: MIT
+ * One rank's part of a run: everything that training, evaluation, generation and export share, made in one fixed order
+ * of collective steps so that every failure is said once and ends all ranks alike. */
+#ifndef POE_PIPELINE_RUN_H
+#define POE_PIPELINE_RUN_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "comm/comm.h"
+#include "pipeline/checkpoint.h"
+#include "pipeline/corpus.h"
+#include "pipeline/edges.h"
+#include "pipeline/evaluate.h"
+#include "pipeline/metrics.h"
+#include "pipeline/shared.h"
+#include "pipeline/streams.h"
+#include "src/options.h"
+#include "stages/cpu/cpu.h"
+#include "stages/stage.h"
+
+typedef enum poe_purpose {
+    POE_PURPOSE_TRAIN,
+    POE_PURPOSE_EVALUATE, /* --eval-only on a checkpoint */
+    POE_PURPOSE_USE,      /* generate, export: a checkpoint's weights, no data */
+} poe_purpose;
+
+typedef struct poe_run {
+    const poe_options *options; /* borrowed */
+    poe_purpose purpose;
+    poe_comm *comm;             /* borrowed */
+    int rank, size;             /* = stage, K */
+    uint64_t id;                /* random, the same on every rank */
+
+    char out[POE_PATH_MAX];       /* the run's folder */
+    char resumed[POE_PATH_MAX];   /* the checkpoint that was loaded, or "" */
+    json_t *facts;                /* its manifest; NULL when nothing was resumed */
+    int64_t first_step;           /* updates that the loaded weights have had */
+    uint64_t data_hash;           /* running hash of the tokens trained on */
+
+    poe_kernels kernels;
+    int threads;
+    poe_corpus corpus;
+    poe_model model;
+    poe_optimizer_config optimizer;
+    poe_backend *backend;
+    poe_stage *stage;
+    poe_edges edges;
+    poe_streams streams;
+    poe_shared_rule shared;
+    poe_checkpoint_store *store;
+    poe_evaluator evaluator;
+    float *evaluation_memory;
+    poe_metrics metrics;          /* last rank of a training run */
+} poe_run;
+
+/* Collective. Makes the run: agreement on the configuration and kernels, folders, checkpoint, tokenizer, data, model,
+ * stage, links. POE_BAD_INPUT or POE_FAILED on every rank, said by one. The caller calls poe_run_close() in any case. */
+poe_status poe_run_open(poe_run *run, poe_comm *comm, const poe_options *options, poe_purpose purpose);
+void poe_run_close(poe_run *run);
+
+/* Bytes that a stage of a training run takes: its arenas, shared gradients that wait their turn, the links' buffers of
+ * micro-batches, the kernels' scratch. */
+typedef struct poe_run_memory {
+    uint64_t parameters, gradients, optimizer, activations, pending, messages, scratch;
+} poe_run_memory;
+/* Computed without allocating any of them. */
+poe_status poe_run_size(const poe_options *options, const poe_model *model, int stage, int threads, poe_run_memory *memory);
+uint64_t poe_run_memory_total(const poe_run_memory *memory);
+
+/* Threads of each of `ranks_on_host` ranks: --threads, or the host's cores shared out, at least 1. */
+int poe_run_threads(const poe_options *options, int ranks_on_host);
+
+#endif

@@ -1,0 +1,341 @@
+/* SPDX-License-Identifier: MIT
+ * A stage's memory: which pieces there are, how large, and where. */
+#include "stages/stage.h"
+
+#include <math.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+
+#include "src/arena.h"
+#include "src/log.h"
+#include "stages/stage_impl.h"
+
+static const char *const region_names[REGION_COUNT] = {"parameters", "gradients", "optimiser state", "activations"};
+
+static float *take(stage_region *region, size_t floats)
+{
+    char *piece = region->base ? region->base + region->used : NULL;
+    region->used += poe_arena_round(floats * sizeof(float));
+    return (float *)(void *)piece;
+}
+
+/* --- tensors ----------------------------------------------------------------------------------------------------- */
+
+/* Where the named tensor is in `base`, which is laid out as `table`; NULL without such a tensor or without memory. */
+__attribute__((format(printf, 3, 4))) static float *locate(const poe_tensor_table *table, float *base,
+                                                           const char *format, ...)
+{
+    char name[POE_NAME_MAX];
+    va_list args;
+    va_start(args, format);
+    vsnprintf(name, sizeof(name), format, args);
+    va_end(args);
+    const poe_tensor *tensor = poe_tensor_find(table, name);
+    return base && tensor ? base + tensor->offset : NULL;
+}
+
+static layer_tensors locate_layer(const poe_stage *stage, float *base, int i)
+{
+    const poe_tensor_table *table = &stage->own.table;
+    int number = stage->model->first_layer[stage->settings.stage] + i;
+    layer_tensors tensors = {
+        .q = locate(table, base, "transformer.h.%d.attn.c_q.weight", number),
+        .k = locate(table, base, "transformer.h.%d.attn.c_k.weight", number),
+        .v = locate(table, base, "transformer.h.%d.attn.c_v.weight", number),
+        .proj = locate(table, base, "transformer.h.%d.attn.c_proj.weight", number),
+        .fc = locate(table, base, "transformer.h.%d.mlp.c_fc.weight", number),
+        .mlp_proj = locate(table, base, "transformer.h.%d.mlp.c_proj.weight", number),
+        .gate = locate(table, base, "transformer.h.%d.attn.ve_gate.weight", number),
+        .value_embed = locate(table, base, "value_embeds.%d.weight", number),
+    };
+    if (base) {
+        tensors.resid = locate(table, base, "resid_lambdas") + i;
+        tensors.x0 = locate(table, base, "x0_lambdas") + i;
+    }
+    return tensors;
+}
+
+static shared_tensors locate_shared(const poe_tensor_table *table, float *base)
+{
+    return (shared_tensors){
+        .wte = locate(table, base, "transformer.wte.weight"),
+        .head = locate(table, base, "lm_head.weight"),
+        .smear_gate = locate(table, base, "smear_gate.weight"),
+        .smear_lambda = locate(table, base, "smear_lambda"),
+    };
+}
+
+/* The own head has no gradient of its own: it is the stage's part of lm_head's. It stands last in the table. */
+static size_t gradient_floats(const poe_tensor_table *table)
+{
+    const poe_tensor *last = &table->rows[table->count - 1];
+    return last->group == POE_GROUP_HEAD ? last->offset : table->floats;
+}
+
+static void lay_out_state(poe_stage *stage, tensor_set *set, bool shared)
+{
+    for (size_t row = 0; row < set->table.count; row++) {
+        const char *name;
+        float *values;
+        size_t floats;
+        for (int part = 0; part < poe_stage_state(stage, shared, row, part, &name, &values, &floats); part++) {
+            float *piece = take(&stage->regions[OPTIMIZER], floats);
+            if (part == 0)
+                set->state[row] = piece;
+        }
+    }
+}
+
+static void lay_out_tensors(poe_stage *stage)
+{
+    stage_region *parameters = &stage->regions[PARAMETERS], *gradients = &stage->regions[GRADIENTS];
+    stage->own.values = take(parameters, stage->own.table.floats);
+    stage->shared.values = take(parameters, stage->shared.table.floats);
+    if (stage->model->config.head == POE_HEAD_PER_STAGE)
+        stage->head_sum = take(parameters, stage->model->vocab_padded * (size_t)stage->model->config.n_embd);
+    if (stage->settings.training) {
+        stage->own.gradients = take(gradients, gradient_floats(&stage->own.table));
+        stage->shared.gradients = take(gradients, stage->shared.table.floats);
+        lay_out_state(stage, &stage->own, false);
+        lay_out_state(stage, &stage->shared, true);
+    }
+}
+
+static void locate_tensors(poe_stage *stage)
+{
+    const poe_tensor_table *own = &stage->own.table;
+    for (int i = 0; i < stage->n_layers; i++) {
+        stage->layers[i].w = locate_layer(stage, stage->own.values, i);
+        stage->layers[i].g = locate_layer(stage, stage->own.gradients, i);
+    }
+    stage->w = locate_shared(&stage->shared.table, stage->shared.values);
+    stage->g = locate_shared(&stage->shared.table, stage->shared.gradients);
+    stage->own_head = locate(own, stage->own.values, "lm_head_stages.%d.weight", stage->settings.stage);
+    stage->backout = locate(own, stage->own.values, "backout_lambda");
+    stage->d_backout = locate(own, stage->own.gradients, "backout_lambda");
+}
+
+/* --- activations ------------------------------------------------------------------------------------------------- */
+
+static layer_kept take_kept(poe_stage *stage, size_t n)
+{
+    const poe_model *model = stage->model;
+    stage_region *region = &stage->regions[ACTIVATIONS];
+    size_t c = (size_t)model->config.n_embd, kv = model->kv_dim;
+    size_t heads = (size_t)model->config.n_head, kv_heads = (size_t)model->config.n_kv_head;
+    layer_kept kept;
+    kept.x = take(region, n * c);
+    kept.u_attn = take(region, n * c);
+    kept.rinv_attn = take(region, n);
+    kept.q = take(region, n * c);
+    kept.rinv_q = take(region, n * heads);
+    kept.k = take(region, n * kv);
+    kept.rinv_k = take(region, n * kv_heads);
+    kept.v = take(region, n * kv);
+    kept.gate = take(region, n * kv_heads);
+    kept.y = take(region, n * c);
+    kept.lse = take(region, n * heads);
+    kept.u_mlp = take(region, n * c);
+    kept.rinv_mlp = take(region, n);
+    kept.f = take(region, n * model->mlp_dim);
+    return kept;
+}
+
+static void lay_out_layers(poe_stage *stage, size_t n)
+{
+    for (int i = 0; i < stage->n_layers; i++) {
+        bool alone = stage->settings.training || i == 0;
+        stage->layers[i].kept = alone ? take_kept(stage, n) : stage->layers[0].kept;
+    }
+    /* Layers that share their memory must leave this one output alone: it is read after the last layer. */
+    if (stage->mid >= 0 && !stage->settings.training)
+        stage->layers[stage->mid].kept.x = take(&stage->regions[ACTIVATIONS], n * (size_t)stage->model->config.n_embd);
+}
+
+static void lay_out_backward(poe_stage *stage, size_t n)
+{
+    stage_region *region = &stage->regions[ACTIVATIONS];
+    size_t c = (size_t)stage->model->config.n_embd, kv = stage->model->kv_dim;
+    stage->dx = take(region, n * c);
+    stage->dx0 = take(region, n * c);
+    stage->du = take(region, n * c);
+    if (stage->mid >= 0)
+        stage->dmid = take(region, n * c);
+    stage->dq = take(region, n * c);
+    stage->dk = take(region, n * kv);
+    stage->dv = take(region, n * kv);
+}
+
+static void lay_out_activations(poe_stage *stage)
+{
+    const poe_model *model = stage->model;
+    stage_region *region = &stage->regions[ACTIVATIONS];
+    size_t t = (size_t)model->config.sequence_len, n = stage->settings.rows * t, c = (size_t)model->config.n_embd;
+    stage->cos = take(region, t * model->head_size / 2);
+    stage->sin = take(region, t * model->head_size / 2);
+    stage->e = take(region, n * c);
+    stage->rinv_e = take(region, n);
+    stage->sig = take(region, n);
+    stage->x0 = take(region, n * c);
+    stage->u = take(region, n * c);
+    stage->rinv = take(region, n);
+    stage->wide = take(region, n * (model->mlp_dim > c ? model->mlp_dim : c));
+    lay_out_layers(stage, n);
+    if (stage->settings.training)
+        lay_out_backward(stage, n);
+}
+
+/* Angles in fp32, as nanochat has them. */
+static void fill_rotary(poe_stage *stage)
+{
+    size_t half = stage->model->head_size / 2;
+    for (size_t i = 0; i < half; i++) {
+        float exponent = -(float)(2 * i) / (float)stage->model->head_size;
+        float frequency = (float)pow(100000, exponent);
+        for (size_t t = 0; t < (size_t)stage->model->config.sequence_len; t++) {
+            float angle = (float)t * frequency;
+            stage->cos[t * half + i] = (float)cos(angle);
+            stage->sin[t * half + i] = (float)sin(angle);
+        }
+    }
+}
+
+/* --- life -------------------------------------------------------------------------------------------------------- */
+
+static poe_status prepare_set(const poe_model *model, int stage, tensor_set *set)
+{
+    poe_status status = poe_model_tensors(model, stage, &set->table);
+    if (status != POE_OK)
+        return status;
+    set->state = calloc(set->table.count, sizeof(*set->state));
+    if (!set->state) {
+        poe_error("out of memory for the table of optimiser states");
+        return POE_FAILED;
+    }
+    return POE_OK;
+}
+
+static void lay_out(poe_stage *stage)
+{
+    for (int r = 0; r < REGION_COUNT; r++)
+        stage->regions[r].used = 0;
+    lay_out_tensors(stage);
+    lay_out_activations(stage);
+}
+
+/* A stage that is laid out but has no memory yet. */
+static poe_status prepare(const poe_model *model, const poe_stage_settings *settings, poe_stage **result)
+{
+    int first = model->first_layer[settings->stage], n_layers = model->first_layer[settings->stage + 1] - first;
+    bool backout = model->config.objective == POE_OBJECTIVE_BP && model->config.backout;
+    poe_stage *stage = calloc(1, sizeof(*stage));
+    stage_layer *layers = calloc((size_t)n_layers, sizeof(*layers));
+    if (!stage || !layers) {
+        poe_error("out of memory for stage %d", settings->stage);
+        free(stage);
+        free(layers);
+        return POE_FAILED;
+    }
+    *stage = (poe_stage){.model = model,
+                         .settings = *settings,
+                         .n_layers = n_layers,
+                         .layers = layers,
+                         .mid = backout ? model->n_layers / 2 : -1};
+    for (int i = 0; i < n_layers; i++)
+        layers[i].shape = &model->layers[first + i];
+    poe_status status = prepare_set(model, settings->stage, &stage->own);
+    if (status == POE_OK)
+        status = prepare_set(model, -1, &stage->shared);
+    if (status != POE_OK) {
+        poe_stage_destroy(stage);
+        return status;
+    }
+    lay_out(stage);
+    *result = stage;
+    return POE_OK;
+}
+
+static poe_status allocate(poe_stage *stage, poe_backend *backend)
+{
+    stage->backend = backend;
+    for (int r = 0; r < REGION_COUNT; r++) {
+        stage_region *region = &stage->regions[r];
+        if (region->used == 0)
+            continue;
+        region->base = backend->ops->memory_allocate(backend, region_names[r], region->used);
+        if (!region->base) {
+            poe_error("stage %d cannot get %.1f MiB of memory for its %s", stage->settings.stage,
+                      (double)region->used / 0x1p20, region_names[r]);
+            return POE_FAILED;
+        }
+        region->size = region->used;
+    }
+    return POE_OK;
+}
+
+poe_status poe_stage_size(const poe_model *model, const poe_stage_settings *settings, poe_stage_memory *memory)
+{
+    poe_stage *stage;
+    poe_status status = prepare(model, settings, &stage);
+    if (status != POE_OK)
+        return status;
+    *memory = (poe_stage_memory){.parameters = stage->regions[PARAMETERS].used,
+                                 .gradients = stage->regions[GRADIENTS].used,
+                                 .optimizer = stage->regions[OPTIMIZER].used,
+                                 .activations = stage->regions[ACTIVATIONS].used};
+    poe_stage_destroy(stage);
+    return POE_OK;
+}
+
+void poe_stage_limits(const poe_model *model, const poe_stage_settings *settings, poe_backend_limits *limits)
+{
+    size_t t = (size_t)model->config.sequence_len;
+    *limits = (poe_backend_limits){.rows = settings->rows * t,
+                                   .t = t,
+                                   .c = (size_t)model->config.n_embd,
+                                   .head_size = model->head_size,
+                                   .n_head = (size_t)model->config.n_head,
+                                   .n_kv_head = (size_t)model->config.n_kv_head,
+                                   .mlp_dim = model->mlp_dim,
+                                   .vocab_padded = model->vocab_padded,
+                                   .training = settings->training};
+}
+
+poe_status poe_stage_create(const poe_model *model, const poe_stage_settings *settings, poe_backend *backend,
+                            poe_stage **result)
+{
+    poe_stage *stage;
+    poe_status status = prepare(model, settings, &stage);
+    if (status != POE_OK)
+        return status;
+    status = allocate(stage, backend);
+    if (status != POE_OK) {
+        poe_stage_destroy(stage);
+        return status;
+    }
+    lay_out(stage);
+    locate_tensors(stage);
+    fill_rotary(stage);
+    *result = stage;
+    return POE_OK;
+}
+
+static void finish_set(tensor_set *set)
+{
+    poe_tensor_table_free(&set->table);
+    free(set->state);
+}
+
+void poe_stage_destroy(poe_stage *stage)
+{
+    if (!stage)
+        return;
+    for (int r = 0; r < REGION_COUNT; r++)
+        if (stage->regions[r].base)
+            stage->backend->ops->memory_free(stage->backend, stage->regions[r].base, stage->regions[r].size);
+    finish_set(&stage->own);
+    finish_set(&stage->shared);
+    free(stage->layers);
+    free(stage);
+}

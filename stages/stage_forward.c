@@ -1,0 +1,121 @@
+/* SPDX-License-Identifier: MIT
+ * Forward pass of a stage (spec 1), and logits. Local tensors: n = b*t rows. */
+#include <assert.h>
+
+#include "stages/stage.h"
+#include "stages/stage_impl.h"
+
+/* y (n,out) = x (n,in) W^T, or += */
+static void product(poe_stage *stage, float *y, const float *x, const float *w, size_t in, size_t out, bool accumulate)
+{
+    stage->backend->ops->matmul(stage->backend, y, out, x, in, w, stage->b * stage->t, in, out, accumulate);
+}
+
+/* e = norm(wte[idx]), x0 = smear(e) */
+static void embed(poe_stage *stage)
+{
+    const poe_ops *ops = stage->backend->ops;
+    size_t b = stage->b, t = stage->t, c = (size_t)stage->model->config.n_embd;
+    float eps = (float)stage->model->config.norm_eps;
+    ops->embed_forward(stage->backend, stage->e, stage->rinv_e, stage->idx, stage->w.wte, b * t, c, eps);
+    ops->smear_forward(stage->backend, stage->x0, stage->sig, stage->e, stage->w.smear_gate, stage->w.smear_lambda, b,
+                       t, c);
+}
+
+/* x += attn(norm(x)) */
+static void attention(poe_stage *stage, stage_layer *layer)
+{
+    const poe_ops *ops = stage->backend->ops;
+    poe_backend *be = stage->backend;
+    layer_kept *kept = &layer->kept;
+    const layer_tensors *w = &layer->w;
+    poe_attention_shape shape = attention_shape(stage, layer);
+    size_t b = shape.b, t = shape.t, n = b * t, hs = shape.head_size;
+    size_t c = (size_t)stage->model->config.n_embd, kv = stage->model->kv_dim;
+    float eps = (float)stage->model->config.norm_eps;
+
+    ops->norm_forward(be, kept->u_attn, kept->rinv_attn, kept->x, n, c, eps);
+    product(stage, kept->q, kept->u_attn, w->q, c, c, false);
+    product(stage, kept->k, kept->u_attn, w->k, c, kv, false);
+    product(stage, kept->v, kept->u_attn, w->v, c, kv, false);
+    if (w->gate)
+        ops->value_embed_forward(be, kept->v, kept->gate, kept->u_attn, stage->idx, w->gate, w->value_embed, n, c,
+                                 shape.n_kv_head, hs);
+    ops->rotary_forward(be, kept->q, kept->rinv_q, kept->q, stage->cos, stage->sin, b, t, shape.n_head, hs, eps);
+    ops->rotary_forward(be, kept->k, kept->rinv_k, kept->k, stage->cos, stage->sin, b, t, shape.n_kv_head, hs, eps);
+    ops->attention_forward(be, kept->y, kept->lse, kept->q, kept->k, kept->v, &shape);
+    product(stage, kept->x, kept->y, w->proj, c, c, true);
+}
+
+/* x += mlp(norm(x)) */
+static void mlp(poe_stage *stage, stage_layer *layer)
+{
+    const poe_ops *ops = stage->backend->ops;
+    layer_kept *kept = &layer->kept;
+    size_t n = stage->b * stage->t, c = (size_t)stage->model->config.n_embd, inner = stage->model->mlp_dim;
+    ops->norm_forward(stage->backend, kept->u_mlp, kept->rinv_mlp, kept->x, n, c, (float)stage->model->config.norm_eps);
+    product(stage, kept->f, kept->u_mlp, layer->w.fc, c, inner, false);
+    ops->relu2_forward(stage->backend, stage->wide, kept->f, n * inner);
+    product(stage, kept->x, stage->wide, layer->w.mlp_proj, inner, c, true);
+}
+
+/* u = norm(h), h the last layer's output, less backout */
+static void finish(poe_stage *stage)
+{
+    const poe_ops *ops = stage->backend->ops;
+    size_t n = stage->b * stage->t, c = (size_t)stage->model->config.n_embd;
+    const float *h = layer_input(stage, stage->n_layers);
+    if (stage->mid >= 0) {
+        ops->backout_forward(stage->backend, stage->wide, h, stage->layers[stage->mid].kept.x, stage->backout, n, c);
+        h = stage->wide;
+    }
+    ops->norm_forward(stage->backend, stage->u, stage->rinv, h, n, c, (float)stage->model->config.norm_eps);
+}
+
+static void refresh_head(poe_stage *stage)
+{
+    if (stage->own_head && stage->head_sum_stale)
+        stage->backend->ops->sum(stage->backend, stage->head_sum, stage->w.head, stage->own_head,
+                                 stage->model->vocab_padded * (size_t)stage->model->config.n_embd);
+    stage->head_sum_stale = false;
+}
+
+void poe_stage_forward(poe_stage *stage, size_t b, size_t t, const int32_t *idx, const float *h_in, float *h_out)
+{
+    const poe_ops *ops = stage->backend->ops;
+    size_t n = b * t, c = (size_t)stage->model->config.n_embd;
+    assert(b <= stage->settings.rows && t <= (size_t)stage->model->config.sequence_len);
+    assert((stage->settings.stage == 0) == !h_in);
+    stage->b = b;
+    stage->t = t;
+    stage->idx = idx;
+    stage->h_in = h_in;
+    refresh_head(stage);
+    embed(stage);
+    for (int i = 0; i < stage->n_layers; i++) {
+        stage_layer *layer = &stage->layers[i];
+        ops->mix_forward(stage->backend, layer->kept.x, layer_input(stage, i), stage->x0, layer->w.resid, layer->w.x0,
+                         n, c);
+        attention(stage, layer);
+        mlp(stage, layer);
+    }
+    finish(stage);
+    if (h_out)
+        ops->copy(stage->backend, h_out, layer_input(stage, stage->n_layers), n * c);
+}
+
+size_t poe_stage_logit_rows(const poe_stage *stage)
+{
+    enum { LOGITS = 1 << 21 }; /* 8 MiB: no buffer of anyone's grows with B T V */
+    size_t rows = stage->settings.rows * (size_t)stage->model->config.sequence_len;
+    size_t most = LOGITS / stage->model->vocab_padded;
+    return most < 1 ? 1 : most < rows ? most : rows;
+}
+
+void poe_stage_logits(poe_stage *stage, size_t first, size_t n, float *z)
+{
+    size_t c = (size_t)stage->model->config.n_embd;
+    assert(first + n <= stage->b * stage->t && n <= poe_stage_logit_rows(stage));
+    stage->backend->ops->head_logits(stage->backend, z, stage->u + first * c, head_weights(stage), n, c,
+                                     (size_t)stage->model->config.vocab_size);
+}

@@ -1,0 +1,621 @@
+/* SPDX-License-Identifier: MIT
+ * A stage by itself: gradients against finite differences (on the reference backend, which rounds least), the cpu
+ * backend against the reference, and on both the identities of spec 2, evaluation, memory. Where two computations are
+ * the same operations on the same numbers, they must agree bit for bit.
+ */
+#include "stages/stage.h"
+
+#include "src/log.h"
+#include "src/rng.h"
+#include "stages/cpu/cpu.h"
+#include "stages/plain/plain.h"
+#include "tests/stage_chain.h"
+
+enum { B = 2, T = 9, V = 70, C = 24 };
+
+static poe_status create_cpu(const poe_backend_limits *limits, poe_backend **result)
+{
+    return poe_cpu_create(poe_kernels_best(), 1, limits, result);
+}
+
+static poe_status create_cpu_threads(const poe_backend_limits *limits, poe_backend **result)
+{
+    return poe_cpu_create(poe_kernels_best(), 3, limits, result);
+}
+
+static const chain_backend plain = {"plain", poe_plain_create, poe_plain_destroy};
+static const chain_backend cpu = {"cpu", create_cpu, poe_cpu_destroy};
+static const chain_backend cpu_threads = {"cpu with 3 threads", create_cpu_threads, poe_cpu_destroy};
+
+static int32_t idx[B * T], targets[B * T];
+
+static poe_model_config small_config(int n_stages, const int *layers)
+{
+    poe_model_config config = {.n_stages = n_stages,
+                               .head = POE_HEAD_SHARED,
+                               .alpha = 1,
+                               .n_embd = C,
+                               .n_head = 4,
+                               .n_kv_head = 2,
+                               .mlp_dim = 40,
+                               .sequence_len = T,
+                               .vocab_size = V,
+                               .window_pattern = "SL",
+                               .norm_eps = 1.1920929e-7};
+    memcpy(config.stage_layers, layers, (size_t)n_stages * sizeof(*layers));
+    return config;
+}
+
+/* Short windows are 128 positions at least: cut to 3 here, so that T positions feel them. */
+static poe_model small_model(const poe_model_config *config)
+{
+    poe_model model;
+    chain_require(poe_model_init(&model, config) == POE_OK, "poe_model_init");
+    for (int i = 0; i < model.n_layers; i++)
+        if (model.layers[i].window != T)
+            model.layers[i].window = 3;
+    return model;
+}
+
+static void fill_tokens(void)
+{
+    poe_rng rng;
+    poe_rng_init(&rng, 5, "tokens");
+    for (int i = 0; i < B * T; i++) {
+        idx[i] = (int32_t)(poe_rng_next(&rng) % V);
+        targets[i] = i % 7 == 3 ? -1 : (int32_t)(poe_rng_next(&rng) % V);
+    }
+    idx[4] = idx[2]; /* one token twice in a row */
+}
+
+/* Every weight is non-zero, so that every path carries a gradient. */
+static void randomise(const poe_tensor_table *table, uint64_t seed, float *values)
+{
+    static const double deviation[] = {
+        [POE_GROUP_MATRIX] = 0.15, [POE_GROUP_HEAD] = 0.2, [POE_GROUP_WTE] = 0.7,  [POE_GROUP_VALUE_EMBED] = 0.7,
+        [POE_GROUP_RESID] = 0.05,  [POE_GROUP_X0] = 0.2,   [POE_GROUP_SMEAR] = 0.3};
+    for (size_t i = 0; i < table->count; i++) {
+        const poe_tensor *tensor = &table->rows[i];
+        double mean = tensor->group == POE_GROUP_RESID ? 1.1 : 0;
+        for (size_t j = 0; j < tensor->rows * tensor->cols; j++) {
+            char stream[POE_NAME_MAX + 32];
+            poe_rng rng; /* one stream for each element: slices of a vector get the same in any partition */
+            snprintf(stream, sizeof(stream), "%s/%zu", tensor->name, tensor->first + j);
+            poe_rng_init(&rng, seed, stream);
+            values[tensor->offset + j] = (float)(mean + deviation[tensor->group] * poe_rng_normal(&rng));
+        }
+    }
+}
+
+static void randomise_stage(poe_stage *stage, uint64_t seed)
+{
+    randomise(poe_stage_own_table(stage), seed, poe_stage_own_values(stage));
+    randomise(poe_stage_shared_table(stage), seed, poe_stage_shared_values(stage));
+    poe_stage_parameters_changed(stage);
+}
+
+static void open_random(stage_chain *chain, const poe_model *model, bool training, const chain_backend *kind)
+{
+    chain_open(chain, model, B, training, kind);
+    for (int k = 0; k < chain->n_stages; k++)
+        randomise_stage(chain->stages[k], 11);
+}
+
+static bool same_floats(const float *a, const float *b, size_t n)
+{
+    return memcmp(a, b, n * sizeof(*a)) == 0;
+}
+
+/* Own gradients end before an own head (stage.h). */
+static size_t own_gradient_floats(poe_stage *stage)
+{
+    const poe_tensor_table *own = poe_stage_own_table(stage);
+    const poe_tensor *last = &own->rows[own->count - 1];
+    return last->group == POE_GROUP_HEAD ? last->offset : own->floats;
+}
+
+static bool same_gradients(poe_stage *a, poe_stage *b)
+{
+    return same_floats(poe_stage_own_gradients(a), poe_stage_own_gradients(b), own_gradient_floats(a)) &&
+           same_floats(poe_stage_shared_gradients(a), poe_stage_shared_gradients(b), poe_stage_shared_table(a)->floats);
+}
+
+static bool same_values(poe_stage *a, poe_stage *b)
+{
+    return same_floats(poe_stage_own_values(a), poe_stage_own_values(b), poe_stage_own_table(a)->floats) &&
+           same_floats(poe_stage_shared_values(a), poe_stage_shared_values(b), poe_stage_shared_table(a)->floats);
+}
+
+static const poe_rates some_rates = {.lrm = 1,
+                                     .momentum = 0.9,
+                                     .matrix_wd = 0.3,
+                                     .matrix_lr = 0.02,
+                                     .head_lr = 0.01,
+                                     .wte_lr = 0.05,
+                                     .ve_lr = 0.05,
+                                     .resid_lr = 0.001,
+                                     .x0_lr = 0.01,
+                                     .smear_lr = 0.02};
+
+/* --- finite differences ----------------------------------------------------------------------------------------- */
+
+static double loss_of(stage_chain *chain, int k)
+{
+    double loss;
+    poe_stage *stage = chain->stages[k];
+    poe_stage_parameters_changed(stage);
+    poe_stage_forward(stage, B, T, idx, k ? chain->h[k - 1] : NULL, NULL);
+    CHECK_INT(poe_stage_backward(stage, targets, 1, &loss), POE_OK);
+    return loss;
+}
+
+/* Moves w along half its gradient and half a random direction and compares the change of the loss with the gradient's
+ * prediction. The move is such that the loss changes by 2e-3, or by less if it would change the tensor by more than 2
+ * %; then single precision leaves noise of about 1e-7 on the losses and curvature a few 1e-3 of the change. */
+static void check_direction(stage_chain *chain, int k, const poe_tensor *tensor, float *w, const float *gradient)
+{
+    size_t n = tensor->rows * tensor->cols;
+    float *saved = malloc(n * sizeof(*saved));
+    double *move = malloc(n * sizeof(*move)), g_norm = 0, r_norm = 0, w_norm = 0, slope = 0, predicted = 0;
+    chain_require(saved && move, "memory");
+    poe_rng rng;
+    poe_rng_init(&rng, 3, tensor->name);
+    for (size_t i = 0; i < n; i++) {
+        move[i] = poe_rng_normal(&rng);
+        r_norm += move[i] * move[i];
+        g_norm += (double)gradient[i] * gradient[i];
+        w_norm += (double)w[i] * w[i];
+    }
+    CHECK(g_norm > 0);
+    for (size_t i = 0; i < n; i++) {
+        move[i] = gradient[i] / sqrt(g_norm) + move[i] / sqrt(r_norm);
+        slope += move[i] * gradient[i];
+    }
+    memcpy(saved, w, n * sizeof(*saved));
+    double h = fmin(1e-3 / fabs(slope), 0.02 * sqrt(w_norm)), change = 0;
+    for (int side = 1; side >= -1; side -= 2) {
+        for (size_t i = 0; i < n; i++) {
+            w[i] = (float)(saved[i] + side * h * move[i]);
+            predicted += side * (double)gradient[i] * ((double)w[i] - saved[i]);
+        }
+        change += side * loss_of(chain, k);
+    }
+    memcpy(w, saved, n * sizeof(*saved));
+    if (!(fabs(change - predicted) <= 5e-3 * fabs(predicted) + 3e-7)) {
+        fprintf(stderr, "stage %d, %s: the loss changes by %.6g, its gradient says %.6g\n", k, tensor->name, change,
+                predicted);
+        check_failures++;
+    }
+    free(saved);
+    free(move);
+}
+
+static void check_table_gradients(stage_chain *chain, int k, bool shared, const float *own, const float *common)
+{
+    poe_stage *stage = chain->stages[k];
+    const poe_tensor_table *table = shared ? poe_stage_shared_table(stage) : poe_stage_own_table(stage);
+    float *values = shared ? poe_stage_shared_values(stage) : poe_stage_own_values(stage);
+    for (size_t i = 0; i < table->count; i++) {
+        const poe_tensor *tensor = &table->rows[i];
+        const float *gradient = (shared ? common : own) + tensor->offset;
+        if (!shared && tensor->group == POE_GROUP_HEAD) /* one gradient for both heads */
+            gradient = common + poe_tensor_find(poe_stage_shared_table(stage), "lm_head.weight")->offset;
+        if (tensor->trained)
+            check_direction(chain, k, tensor, values + tensor->offset, gradient);
+    }
+}
+
+/* For each stage: all its gradients are those of its own loss with its input held fixed. */
+static void check_gradients(const poe_model *model)
+{
+    stage_chain chain;
+    open_random(&chain, model, true, &plain);
+    chain_run(&chain, B, T, idx, NULL, 1, NULL);
+    for (int k = 0; k < chain.n_stages; k++) {
+        poe_stage *stage = chain.stages[k];
+        size_t n_own = own_gradient_floats(stage), n_shared = poe_stage_shared_table(stage)->floats;
+        float *own = malloc(n_own * sizeof(*own)), *common = malloc(n_shared * sizeof(*common));
+        chain_require(own && common, "memory");
+        loss_of(&chain, k);
+        memcpy(own, poe_stage_own_gradients(stage), n_own * sizeof(*own));
+        memcpy(common, poe_stage_shared_gradients(stage), n_shared * sizeof(*common));
+        check_table_gradients(&chain, k, false, own, common);
+        check_table_gradients(&chain, k, true, own, common);
+        free(own);
+        free(common);
+    }
+    chain_close(&chain);
+}
+
+static void check_finite_differences(void)
+{
+    poe_model_config config = small_config(2, (int[]){2, 1});
+    config.head = POE_HEAD_PER_STAGE;
+    poe_model model = small_model(&config);
+    check_gradients(&model);
+    config = small_config(1, (int[]){3});
+    config.objective = POE_OBJECTIVE_BP;
+    config.backout = true;
+    model = small_model(&config);
+    check_gradients(&model);
+    config = small_config(1, (int[]){1}); /* backout subtracts the last layer's own output */
+    config.objective = POE_OBJECTIVE_BP;
+    config.backout = true;
+    model = small_model(&config);
+    check_gradients(&model);
+}
+
+/* --- backends --------------------------------------------------------------------------------------------------- */
+
+static double relative_distance(const float *a, const float *b, size_t n)
+{
+    double off = 0, norm = 0;
+    for (size_t i = 0; i < n; i++) {
+        off += ((double)a[i] - b[i]) * ((double)a[i] - b[i]);
+        norm += (double)b[i] * b[i];
+    }
+    return norm > 0 ? sqrt(off / norm) : sqrt(off);
+}
+
+static void check_close(const poe_tensor_table *table, const float *a, const float *b, size_t floats)
+{
+    for (size_t i = 0; i < table->count; i++) {
+        const poe_tensor *tensor = &table->rows[i];
+        if (tensor->offset >= floats)
+            continue;
+        double off = relative_distance(a + tensor->offset, b + tensor->offset, tensor->rows * tensor->cols);
+        if (!(off <= 2e-5)) { /* single precision, as for the golden runs */
+            fprintf(stderr, "%s: the backends' gradients differ by %.3g\n", tensor->name, off);
+            check_failures++;
+        }
+    }
+}
+
+/* One step on the reference, on cpu, and on cpu with more threads, which must change nothing. */
+static void check_step_on_backends(const poe_model *model)
+{
+    static const chain_backend *const kinds[3] = {&plain, &cpu, &cpu_threads};
+    stage_chain chains[3];
+    double losses[3][3] = {{0}};
+    for (int i = 0; i < 3; i++) {
+        open_random(&chains[i], model, true, kinds[i]);
+        chain_run(&chains[i], B, T, idx, targets, 1, losses[i]);
+    }
+    for (int k = 0; k < model->config.n_stages; k++) {
+        poe_stage *a = chains[0].stages[k], *b = chains[1].stages[k], *c = chains[2].stages[k];
+        CHECK_NEAR(losses[1][k], losses[0][k], 1e-6, 0);
+        CHECK(losses[1][k] == losses[2][k]);
+        CHECK(same_gradients(b, c));
+        check_close(poe_stage_own_table(a), poe_stage_own_gradients(b), poe_stage_own_gradients(a),
+                    own_gradient_floats(a));
+        check_close(poe_stage_shared_table(a), poe_stage_shared_gradients(b), poe_stage_shared_gradients(a), SIZE_MAX);
+        for (int i = 1; i < 3; i++) {
+            poe_stage_update_own(chains[i].stages[k], &some_rates);
+            poe_stage_update_shared(chains[i].stages[k], &some_rates, poe_stage_shared_gradients(chains[i].stages[k]));
+        }
+        CHECK(same_values(b, c));
+    }
+    for (int i = 0; i < 3; i++)
+        chain_close(&chains[i]);
+}
+
+static void check_backends(void)
+{
+    poe_model_config config = small_config(3, (int[]){2, 1, 1});
+    config.head = POE_HEAD_PER_STAGE;
+    poe_model model = small_model(&config);
+    check_step_on_backends(&model);
+    config = small_config(1, (int[]){3});
+    config.objective = POE_OBJECTIVE_BP;
+    config.backout = true;
+    model = small_model(&config);
+    check_step_on_backends(&model);
+}
+
+/* --- identities (spec 2) ---------------------------------------------------------------------------------------- */
+
+/* Losses and gradients of stages 0 and 1 with a third stage behind them, with another one, and with none. */
+static void check_prefix(const chain_backend *kind)
+{
+    poe_model_config config = small_config(3, (int[]){1, 2, 1});
+    poe_model whole = small_model(&config);
+    config.n_stages = 2;
+    poe_model prefix = small_model(&config);
+    memcpy(prefix.layers, whole.layers, sizeof(prefix.layers)); /* a layer's properties come with it */
+    stage_chain a, b, c;
+    open_random(&a, &whole, true, kind);
+    open_random(&b, &whole, true, kind);
+    open_random(&c, &prefix, true, kind);
+    randomise_stage(b.stages[2], 99);
+    double loss_a[3] = {0}, loss_b[3] = {0}, loss_c[3] = {0};
+    chain_run(&a, B, T, idx, targets, 1, loss_a);
+    chain_run(&b, B, T, idx, targets, 1, loss_b);
+    chain_run(&c, B, T, idx, targets, 1, loss_c);
+    for (int k = 0; k < 2; k++) {
+        CHECK(loss_a[k] == loss_b[k] && loss_a[k] == loss_c[k]);
+        CHECK(same_gradients(a.stages[k], b.stages[k]));
+        /* the prefix's last stage keeps backout_lambda at the end of its own table */
+        size_t common = own_gradient_floats(a.stages[k]);
+        CHECK(same_floats(poe_stage_own_gradients(a.stages[k]), poe_stage_own_gradients(c.stages[k]), common));
+    }
+    CHECK(loss_a[2] != loss_b[2]);
+    chain_close(&a);
+    chain_close(&b);
+    chain_close(&c);
+}
+
+/* pi = (L) with a shared head is bp without backout, updates included. */
+static void check_single_stage_is_bp(const chain_backend *kind)
+{
+    poe_model_config config = small_config(1, (int[]){3});
+    config.alpha = 0;
+    poe_model poe = small_model(&config);
+    config.objective = POE_OBJECTIVE_BP;
+    poe_model bp = small_model(&config);
+    stage_chain a, b;
+    open_random(&a, &poe, true, kind);
+    open_random(&b, &bp, true, kind);
+    double loss_a = 0, loss_b = 0;
+    chain_run(&a, B, T, idx, targets, 1, &loss_a);
+    chain_run(&b, B, T, idx, targets, 1, &loss_b);
+    CHECK(loss_a == loss_b);
+    CHECK(same_gradients(a.stages[0], b.stages[0]));
+    chain_update_own(&a, &some_rates);
+    chain_update_own(&b, &some_rates);
+    chain_update_shared(&a, &some_rates, poe_stage_shared_gradients(a.stages[0]));
+    chain_update_shared(&b, &some_rates, poe_stage_shared_gradients(b.stages[0]));
+    CHECK(same_values(a.stages[0], b.stages[0]));
+    chain_close(&a);
+    chain_close(&b);
+}
+
+static float *head_of(poe_stage *stage, bool own)
+{
+    const poe_tensor_table *table = own ? poe_stage_own_table(stage) : poe_stage_shared_table(stage);
+    return (own ? poe_stage_own_values(stage) : poe_stage_shared_values(stage)) +
+           poe_tensor_find(table, own ? "lm_head_stages.0.weight" : "lm_head.weight")->offset;
+}
+
+/* ps at K = 1 is one head W_head + W_head_0, and both get its gradient: equal heads stay equal. */
+static void check_own_head(const chain_backend *kind)
+{
+    poe_model_config config = small_config(1, (int[]){2});
+    poe_model shared = small_model(&config);
+    config.head = POE_HEAD_PER_STAGE;
+    poe_model per_stage = small_model(&config);
+    stage_chain sh, ps;
+    open_random(&sh, &shared, true, kind);
+    open_random(&ps, &per_stage, true, kind);
+    size_t n = shared.vocab_padded * C;
+    float *whole = head_of(sh.stages[0], false), *half = head_of(ps.stages[0], false),
+          *own = head_of(ps.stages[0], true);
+    for (size_t i = 0; i < n; i++)
+        half[i] = own[i] = whole[i] / 2; /* exact */
+    poe_stage_parameters_changed(ps.stages[0]);
+    double loss_sh = 0, loss_ps = 0;
+    chain_run(&sh, B, T, idx, targets, 1, &loss_sh);
+    chain_run(&ps, B, T, idx, targets, 1, &loss_ps);
+    CHECK(loss_sh == loss_ps);
+    CHECK(same_gradients(sh.stages[0], ps.stages[0]));
+    chain_update_own(&ps, &some_rates);
+    CHECK(!same_floats(half, own, n));
+    chain_update_shared(&ps, &some_rates, poe_stage_shared_gradients(ps.stages[0]));
+    CHECK(same_floats(half, own, n));
+    double after = 0; /* the sum of the heads follows the update */
+    chain_run(&ps, B, T, idx, targets, 1, &after);
+    CHECK(after < loss_ps);
+    chain_close(&sh);
+    chain_close(&ps);
+}
+
+/* --- steps ------------------------------------------------------------------------------------------------------ */
+
+/* The mean over two micro-batches is the mean of their gradients; 1e-5: the sums are taken in another order. */
+static void check_micro_batches(const chain_backend *kind)
+{
+    poe_model_config config = small_config(1, (int[]){2});
+    config.alpha = 0;
+    poe_model model = small_model(&config);
+    stage_chain chain;
+    open_random(&chain, &model, true, kind);
+    poe_stage *stage = chain.stages[0];
+    size_t n = own_gradient_floats(stage);
+    float *mean = calloc(n, sizeof(*mean));
+    chain_require(mean != NULL, "memory");
+    const float *gradients = poe_stage_own_gradients(stage);
+    double loss = 0;
+    for (int m = 0; m < 2; m++) {
+        chain_clear(&chain);
+        chain_run(&chain, 1, T, idx + m * T, targets + m * T, 1, &loss);
+        for (size_t i = 0; i < n; i++)
+            mean[i] += gradients[i] / 2;
+    }
+    chain_clear(&chain);
+    for (int m = 0; m < 2; m++)
+        chain_run(&chain, 1, T, idx + m * T, targets + m * T, 2, &loss);
+    CHECK_NEAR(relative_distance(gradients, mean, n), 0, 0, 1e-5);
+    free(mean);
+    chain_close(&chain);
+}
+
+/* Evaluation keeps less, and computes the same; so does a shorter context, whose positions see the same past. */
+static void check_evaluation(const chain_backend *kind, bool bp)
+{
+    poe_model_config config = small_config(bp ? 1 : 2, bp ? (int[]){4} : (int[]){2, 3});
+    config.objective = bp ? POE_OBJECTIVE_BP : POE_OBJECTIVE_POE;
+    config.head = POE_HEAD_PER_STAGE;
+    config.backout = bp;
+    poe_model model = small_model(&config);
+    stage_chain train, eval;
+    open_random(&train, &model, true, kind);
+    open_random(&eval, &model, false, kind);
+    float a[B * T * V], b[B * T * V];
+    double losses[2] = {0}, sum = 0;
+    int counted = 0, last = train.n_stages - 1;
+    chain_run(&train, B, T, idx, targets, 1, losses);
+    chain_run(&eval, B, T, idx, NULL, 1, NULL);
+    CHECK_INT(poe_stage_logit_rows(eval.stages[last]), B * T);
+    poe_stage_logits(train.stages[last], 0, B * T, a);
+    poe_stage_logits(eval.stages[last], 0, B * T, b);
+    CHECK(same_floats(a, b, B * T * V));
+    CHECK(same_floats(train.h[last], eval.h[last], B * T * C));
+    for (int r = 0; r < B * T; r++) {
+        double total = 0;
+        for (int j = 0; j < V; j++)
+            total += exp(a[r * V + j]);
+        counted += targets[r] >= 0;
+        sum += targets[r] >= 0 ? log(total) - a[r * V + targets[r]] : 0;
+    }
+    CHECK_NEAR(losses[last], sum / counted, 2e-6, 0); /* logits are rounded to single precision */
+    chain_run(&eval, 1, 5, idx, NULL, 1, NULL);
+    poe_stage_logits(eval.stages[last], 2, 3, b);
+    for (int i = 0; i < 3 * V; i++) /* fewer rows: other tiles, another order of sums */
+        CHECK_NEAR(b[i], a[2 * V + i], 1e-5, 1e-5);
+    chain_close(&train);
+    chain_close(&eval);
+}
+
+static void check_not_finite(const chain_backend *kind)
+{
+    poe_model_config config = small_config(1, (int[]){1});
+    poe_model model = small_model(&config);
+    stage_chain chain;
+    double loss = 0;
+    open_random(&chain, &model, true, kind);
+    poe_stage *stage = chain.stages[0];
+    chain_run(&chain, B, T, idx, targets, 1, &loss);
+    CHECK(poe_stage_gradients_finite(stage));
+    poe_stage_own_gradients(stage)[5] = INFINITY;
+    CHECK(!poe_stage_gradients_finite(stage));
+    poe_stage_clear_gradients(stage);
+    CHECK(poe_stage_gradients_finite(stage));
+    poe_stage_own_values(stage)[7] = NAN;
+    poe_stage_forward(stage, B, T, idx, NULL, NULL);
+    CHECK_INT(poe_stage_backward(stage, targets, 1, &loss), POE_NUMERIC);
+    chain_close(&chain);
+}
+
+static void check_states(const chain_backend *kind)
+{
+    poe_model_config config = small_config(1, (int[]){2});
+    poe_model model = small_model(&config);
+    stage_chain chain;
+    open_random(&chain, &model, true, kind);
+    poe_stage *stage = chain.stages[0];
+    double loss = 0;
+    chain_run(&chain, B, T, idx, targets, 1, &loss);
+    poe_stage_update_own(stage, &some_rates);
+    CHECK_INT(*poe_stage_own_updates(stage), 1);
+    CHECK_INT(*poe_stage_shared_updates(stage), 0);
+    const poe_tensor_table *own = poe_stage_own_table(stage);
+    for (size_t row = 0; row < own->count; row++) {
+        const char *name = NULL;
+        float *values = NULL;
+        size_t floats = 0;
+        const poe_tensor *tensor = &own->rows[row];
+        int parts = poe_stage_state(stage, false, row, 1, &name, &values, &floats);
+        CHECK_INT(parts, strcmp(tensor->name, "backout_lambda") == 0 ? 0 : 2);
+        if (parts == 0)
+            continue;
+        bool matrix = tensor->group == POE_GROUP_MATRIX;
+        CHECK_STRING(name, matrix ? "second" : "v");
+        CHECK_INT(floats,
+                  matrix ? (tensor->rows > tensor->cols ? tensor->rows : tensor->cols) : tensor->rows * tensor->cols);
+        double sum = 0;
+        for (size_t i = 0; i < floats; i++)
+            sum += values[i];
+        CHECK(sum > 0); /* it has seen a gradient */
+    }
+    chain_close(&chain);
+}
+
+/* --- memory ----------------------------------------------------------------------------------------------------- */
+
+static poe_ops counting_ops;
+static poe_backend *counted_backend;
+static size_t allocated, live;
+static int allowed; /* allocations until one fails */
+
+static void *counting_allocate(poe_backend *be, const char *what, size_t bytes)
+{
+    (void)be;
+    if (allowed-- == 0)
+        return NULL;
+    allocated += bytes;
+    live += bytes;
+    return counted_backend->ops->memory_allocate(counted_backend, what, bytes);
+}
+
+static void counting_free(poe_backend *be, void *memory, size_t bytes)
+{
+    (void)be;
+    live -= bytes;
+    counted_backend->ops->memory_free(counted_backend, memory, bytes);
+}
+
+static void check_memory_of(const poe_model *model, const poe_stage_settings *settings)
+{
+    poe_stage_memory size;
+    poe_stage *stage;
+    poe_backend counting = {&counting_ops};
+    CHECK_INT(poe_stage_size(model, settings, &size), POE_OK);
+    CHECK_INT(size.optimizer > 0, settings->training);
+    allocated = 0;
+    allowed = 100;
+    CHECK_INT(poe_stage_create(model, settings, &counting, &stage), POE_OK);
+    CHECK_INT(allocated, size.parameters + size.gradients + size.optimizer + size.activations);
+    poe_stage_destroy(stage);
+    CHECK_INT(live, 0);
+    for (int n = 0; n < (settings->training ? 4 : 2); n++) {
+        allowed = n;
+        poe_log_hold(true);
+        CHECK_INT(poe_stage_create(model, settings, &counting, &stage), POE_FAILED);
+        poe_log_settle(false);
+        CHECK_INT(live, 0);
+    }
+}
+
+/* What is announced is what is allocated; without memory there is a status and nothing is left behind. */
+static void check_memory(void)
+{
+    poe_model_config config = small_config(2, (int[]){1, 2});
+    config.head = POE_HEAD_PER_STAGE;
+    poe_model model = small_model(&config);
+    poe_backend_limits limits;
+    poe_stage_settings settings = {.stage = 1, .rows = B, .training = true};
+    poe_stage_limits(&model, &settings, &limits);
+    chain_require(poe_plain_create(&limits, &counted_backend) == POE_OK, "a backend");
+    counting_ops = *counted_backend->ops;
+    counting_ops.memory_allocate = counting_allocate;
+    counting_ops.memory_free = counting_free;
+    check_memory_of(&model, &settings);
+    settings.training = false;
+    check_memory_of(&model, &settings);
+    poe_plain_destroy(counted_backend);
+}
+
+int main(int argc, char **argv)
+{
+    (void)argc;
+    poe_blas_ensure(poe_kernels_best(), argv);
+    poe_log *log = poe_log_create(0, 1);
+    poe_log_attach(log);
+    fill_tokens();
+    check_finite_differences();
+    check_backends();
+    for (int i = 0; i < 2; i++) {
+        const chain_backend *kind = i ? &cpu : &plain;
+        check_prefix(kind);
+        check_single_stage_is_bp(kind);
+        check_own_head(kind);
+        check_micro_batches(kind);
+        check_evaluation(kind, false);
+        check_evaluation(kind, true);
+        check_not_finite(kind);
+        check_states(kind);
+    }
+    check_memory();
+    poe_log_attach(NULL);
+    poe_log_destroy(log);
+    return check_result();
+}

@@ -1,0 +1,144 @@
+/* SPDX-License-Identifier: MIT */
+#include "tools/ranks.h"
+
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "comm/inproc/inproc.h"
+#include "comm/mpi/mpi.h"
+#include "pipeline/control.h"
+#include "src/files.h"
+#include "src/log.h"
+
+typedef struct rank_job {
+    poe_transport *transport;
+    const poe_options *options;
+    poe_rank_body body;
+    int rank, size;
+    poe_status status;
+} rank_job;
+
+/* This rank cannot go on, and the others cannot without it: the launcher ends them when it sees this status. */
+static _Noreturn void end_job(int exit_status)
+{
+    poe_temporary_remove_all();
+    fflush(NULL);
+    _exit(exit_status);
+}
+
+static poe_status run_body(poe_comm *comm, const rank_job *job)
+{
+    poe_control_add(comm);
+    poe_status status = job->body(comm, job->options);
+    poe_control_remove(comm);
+    if (status != POE_OK && status != POE_BAD_INPUT && status != POE_INTERRUPTED)
+        end_job(poe_exit_status(status));
+    poe_comm_destroy(comm, true);
+    return status;
+}
+
+static void *run_thread(void *arg)
+{
+    rank_job *job = arg;
+    poe_log *log = poe_log_create(job->rank, job->size);
+    poe_log_attach(log);
+    poe_log_hold(true);
+    poe_comm_settings settings = {.deadline = job->options->deadline};
+    poe_comm *comm;
+    job->status = poe_comm_create(job->transport, &settings, &comm);
+    if (job->status != POE_OK)
+        end_job(poe_exit_status(job->status));
+    job->status = run_body(comm, job);
+    poe_log_destroy(log);
+    return NULL;
+}
+
+static poe_status start_threads(pthread_t *threads, rank_job *jobs, int size)
+{
+    for (int k = 0; k < size; k++) {
+        int error = pthread_create(&threads[k], NULL, run_thread, &jobs[k]);
+        if (error) {
+            poe_error("cannot start the thread of stage %d: %s", k, strerror(error));
+            end_job(1);
+        }
+    }
+    for (int k = 0; k < size; k++)
+        pthread_join(threads[k], NULL);
+    return jobs[0].status;
+}
+
+static int exit_status_of(poe_status status)
+{
+    int interrupted = poe_control_exit_status();
+    return status == POE_INTERRUPTED && interrupted ? interrupted : poe_exit_status(status);
+}
+
+int poe_ranks_threads(int size, const poe_options *options, poe_rank_body body)
+{
+    poe_transport *transports[POE_OPTION_STAGES];
+    pthread_t threads[POE_OPTION_STAGES];
+    rank_job jobs[POE_OPTION_STAGES];
+    poe_status status = poe_inproc_create(size, transports);
+    if (status == POE_OK)
+        status = poe_control_start(false);
+    if (status != POE_OK)
+        return poe_exit_status(status);
+    for (int k = 0; k < size; k++)
+        jobs[k] = (rank_job){.transport = transports[k], .options = options, .body = body, .rank = k, .size = size};
+    status = start_threads(threads, jobs, size);
+    poe_control_stop();
+    return exit_status_of(status);
+}
+
+static poe_status check_size(const poe_options *options, int size)
+{
+    if (size == options->stages.count)
+        return POE_OK;
+    poe_error("--stages has %d stages, but %d ranks were started; start one rank per stage (mpiexec -n %d), or one for all",
+              options->stages.count, size, options->stages.count);
+    return POE_BAD_INPUT;
+}
+
+static poe_status run_mpi_rank(rank_job *job, poe_status parse_status)
+{
+    poe_status status = poe_mpi_create(&job->transport);
+    poe_comm_settings settings = {.deadline = parse_status == POE_OK ? job->options->deadline : 0};
+    poe_comm *comm;
+    if (status == POE_OK)
+        status = poe_comm_create(job->transport, &settings, &comm);
+    if (status != POE_OK)
+        end_job(poe_exit_status(status));
+    status = parse_status == POE_OK ? check_size(job->options, job->size) : parse_status;
+    status = poe_comm_agree(comm, status);
+    if (status == POE_OK)
+        return run_body(comm, job);
+    poe_comm_destroy(comm, true);
+    return status;
+}
+
+int poe_ranks_mpi(const poe_options *options, poe_status parse_status, poe_rank_body body)
+{
+    rank_job job = {.options = options, .body = body};
+    poe_status status = poe_control_start(!getenv("POE_PIPE_LAUNCHER"));
+    if (status == POE_OK)
+        status = poe_mpi_start(&job.rank, &job.size);
+    if (status != POE_OK) {
+        poe_log_settle(true);
+        end_job(poe_exit_status(status));
+    }
+    if (job.size == 1) {
+        poe_control_stop();
+        poe_log_settle(true);
+        int exit_status = parse_status == POE_OK ? poe_ranks_threads(options->stages.count, options, body)
+                                                 : poe_exit_status(parse_status);
+        poe_mpi_finish();
+        return exit_status;
+    }
+    status = run_mpi_rank(&job, parse_status);
+    poe_mpi_finish();
+    poe_control_stop();
+    return exit_status_of(status);
+}

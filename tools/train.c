@@ -1,0 +1,305 @@
+/* SPDX-License-Identifier: MIT */
+#include "tools/train.h"
+
+#include <jansson.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "comm/mpi/mpi.h"
+#include "pipeline/generate.h"
+#include "pipeline/interchange.h"
+#include "pipeline/report.h"
+#include "pipeline/run.h"
+#include "pipeline/settings.h"
+#include "pipeline/train.h"
+#include "src/log.h"
+#include "src/plot.h"
+#include "tools/ranks.h"
+
+enum { SAMPLE_TOKENS = 120 };
+
+static bool is_last(const poe_run *run)
+{
+    return run->rank == run->size - 1;
+}
+
+/* --- before the first step ------------------------------------------------------------------------------------------------- */
+
+/* What differs from the run that goes on, and what that changes. */
+static poe_status describe_changes(const poe_run *r)
+{
+    const poe_options *o = r->options;
+    json_int_t before = json_integer_value(json_object_get(json_object_get(r->facts, "config"), "num_iterations"));
+    const char *kernels = json_string_value(json_object_get(r->facts, "kernels"));
+    const char *feed = json_string_value(json_object_get(r->facts, "feed_hash"));
+    char hash[32];
+    snprintf(hash, sizeof(hash), "%016llx", (unsigned long long)r->corpus.train_hash);
+    printf("resuming %s at step %lld\n", r->resumed, (long long)r->first_step);
+    if (before != o->num_iterations)
+        printf("--num-iterations %d instead of %lld: learning rates, momentum and weight decay follow the new length from "
+               "here on\n", o->num_iterations, (long long)before);
+    if (kernels && strcmp(kernels, poe_kernels_name(r->kernels)) != 0)
+        printf("kernels %s instead of %s: the numbers go on within rounding, not bit for bit (--kernels %s forces the old "
+               "ones)\n", poe_kernels_name(r->kernels), kernels, kernels);
+    if (feed && strcmp(feed, hash) == 0)
+        return poe_feed_seek(r->corpus.train, json_object_get(r->facts, "feed"));
+    if (!poe_options_given(o, "data")) {
+        poe_error("--resume %s: %s is not the data that the run was trained on; restore it, or name the new data with "
+                  "--data", r->resumed, o->data.paths[0]);
+        return POE_BAD_INPUT;
+    }
+    printf("new data: reading starts at its beginning\n");
+    return POE_OK;
+}
+
+static poe_status write_config(const poe_run *r)
+{
+    char path[POE_PATH_MAX];
+    poe_status status = poe_path(path, "%s/config.json", r->out);
+    if (status != POE_OK)
+        return status;
+    json_t *config = poe_options_json(r->options);
+    poe_report_complete_config(r, config);
+    char *text = json_dumps(config, JSON_INDENT(1));
+    json_decref(config);
+    status = poe_write_file(path, text, strlen(text));
+    free(text);
+    return status;
+}
+
+static poe_status write_tokenizer(const poe_run *r)
+{
+    char path[POE_PATH_MAX];
+    if (!r->corpus.tokenizer)
+        return POE_OK;
+    poe_status status = poe_path(path, "%s/tokenizer.json", r->out);
+    return status == POE_OK ? poe_tokenizer_write(r->corpus.tokenizer, path) : status;
+}
+
+static poe_status open_metrics(poe_run *r)
+{
+    static const char name[] = "metrics.jsonl";
+    char *path = malloc(POE_PATH_MAX), previous[POE_PATH_MAX];
+    if (!path)
+        return POE_FAILED;
+    poe_status status = poe_path(path, "%s/%s", r->out, name);
+    if (status == POE_OK)
+        status = poe_path(previous, "%s/../../%s", r->resumed, name);
+    if (status == POE_OK)
+        status = poe_metrics_open(&r->metrics, path, r->resumed[0] ? previous : NULL, r->first_step);
+    return status;
+}
+
+/* The run's folder: configuration and tokenizer (on every host), metrics (at the last rank), checkpoints. */
+static poe_status prepare_folder(poe_run *r)
+{
+    poe_status status = poe_checkpoint_store_open(r->comm, r->out, r->options->keep, &r->store);
+    if (status == POE_OK && poe_checkpoint_store_leads(r->store))
+        status = write_config(r);
+    if (status == POE_OK && r->rank == 0)
+        status = write_tokenizer(r);
+    if (status == POE_OK && is_last(r))
+        status = open_metrics(r);
+    if (status == POE_OK && r->rank == 0 && r->resumed[0])
+        status = describe_changes(r);
+    return poe_comm_agree(r->comm, status);
+}
+
+/* --- after the last step --------------------------------------------------------------------------------------------------- */
+
+static void print_token(void *arg, int32_t token)
+{
+    const poe_tokenizer *tokenizer = arg;
+    size_t length;
+    const char *bytes = poe_tokenizer_bytes(tokenizer, token, &length);
+    fwrite(bytes, 1, length, stdout);
+    fflush(stdout);
+}
+
+static poe_status show_sample(poe_run *r)
+{
+    poe_sampling sampling = {.last = r->size - 1,
+                             .max_tokens = SAMPLE_TOKENS,
+                             .temperature = 0.8,
+                             .top_k = 50,
+                             .seed = (uint64_t)r->options->seed};
+    int32_t bos = 0;
+    if (r->rank == 0) {
+        bos = poe_tokenizer_bos(r->corpus.tokenizer);
+        printf("\nsample (all stages, temperature %g, top-k %d):\n", sampling.temperature, sampling.top_k);
+    }
+    poe_status status = poe_generate(&r->evaluator, &sampling, &bos, 1, bos, print_token, r->corpus.tokenizer);
+    if (r->rank == 0)
+        putchar('\n');
+    return status;
+}
+
+static poe_status draw_picture(const poe_run *r)
+{
+    char png[POE_PATH_MAX];
+    poe_status status = poe_path(png, "%s/loss.png", r->out);
+    if (status == POE_OK)
+        poe_plot_run(r->metrics.path, png); /* a run without gnuplot is a run all the same */
+    return status;
+}
+
+static poe_status export_model(poe_run *r)
+{
+    const poe_options *o = r->options;
+    poe_dtype dtype = strcmp(o->export_dtype, "bf16") == 0 ? POE_BF16 : POE_F32;
+    poe_status status = poe_export(o->export_path, dtype, &r->model, r->comm, r->stage, r->id);
+    if (status == POE_OK && r->rank == 0)
+        printf("exported    %s\n", o->export_path);
+    return status;
+}
+
+static poe_status report(poe_run *r, const poe_training *t, bool interrupted)
+{
+    fflush(stdout);
+    poe_status status = poe_comm_barrier(r->comm, "the end of training");
+    if (status == POE_OK && r->rank == 0 && t->evaluated && !interrupted)
+        poe_report_evaluation(r->options, &t->evaluation, r->corpus.has_tokenizer);
+    if (status == POE_OK && r->corpus.has_tokenizer && !interrupted)
+        status = show_sample(r);
+    if (status == POE_OK)
+        status = poe_report_ranks(r, t);
+    if (status == POE_OK && is_last(r) && !interrupted)
+        status = draw_picture(r);
+    if (status == POE_OK)
+        status = poe_comm_barrier(r->comm, "the picture");
+    if (status == POE_OK && r->rank == 0)
+        poe_report_files(r, t, interrupted);
+    if (status == POE_OK && r->options->export_path && !interrupted)
+        status = export_model(r);
+    return status;
+}
+
+/* --- the bodies of a rank ---------------------------------------------------------------------------------------------------- */
+
+static poe_status train_run(poe_run *r)
+{
+    poe_status status = prepare_folder(r);
+    if (status != POE_OK)
+        return status;
+    if (r->rank == 0)
+        status = poe_report_start(r->options, &r->model, r->threads, r);
+    if (status == POE_OK)
+        status = poe_comm_barrier(r->comm, "the start");
+    poe_log_settle(true);
+    if (status != POE_OK)
+        return status;
+    poe_training training;
+    status = poe_train(r, &training);
+    if (status != POE_OK && status != POE_INTERRUPTED)
+        return status;
+    poe_status reported = report(r, &training, status == POE_INTERRUPTED);
+    return reported != POE_OK ? reported : status;
+}
+
+static poe_status train_rank(poe_comm *comm, const poe_options *options)
+{
+    poe_run run;
+    poe_status status = poe_run_open(&run, comm, options, POE_PURPOSE_TRAIN);
+    if (status == POE_OK)
+        status = train_run(&run);
+    poe_run_close(&run);
+    return status;
+}
+
+static poe_status write_evaluation(const poe_run *r, const poe_evaluation *e)
+{
+    char path[POE_PATH_MAX];
+    poe_status status = poe_make_directories(r->options->out);
+    if (status == POE_OK)
+        status = poe_path(path, "%s/evaluation.json", r->options->out);
+    if (status != POE_OK)
+        return status;
+    json_t *json = poe_evaluation_json(e, r->first_step, r->corpus.has_tokenizer);
+    char *text = json_dumps(json, JSON_INDENT(1));
+    status = poe_write_file(path, text, strlen(text));
+    free(text);
+    json_decref(json);
+    return status;
+}
+
+static poe_status evaluate_run(poe_run *r)
+{
+    poe_status status = POE_OK;
+    if (!r->corpus.n_eval) {
+        poe_error("--eval-only: there is no held-out text; name some with --val-data");
+        status = POE_BAD_INPUT;
+    }
+    status = poe_comm_agree(r->comm, status);
+    poe_log_settle(true);
+    poe_evaluation evaluation;
+    if (status == POE_OK)
+        status = poe_evaluate(&r->evaluator, r->first_step, &evaluation);
+    if (status != POE_OK || r->rank != 0)
+        return status;
+    poe_report_evaluation(r->options, &evaluation, r->corpus.has_tokenizer);
+    return r->options->out ? write_evaluation(r, &evaluation) : POE_OK;
+}
+
+static poe_status evaluate_rank(poe_comm *comm, const poe_options *options)
+{
+    poe_run run;
+    poe_status status = poe_run_open(&run, comm, options, POE_PURPOSE_EVALUATE);
+    if (status == POE_OK)
+        status = evaluate_run(&run);
+    poe_run_close(&run);
+    return status;
+}
+
+/* --- the program ------------------------------------------------------------------------------------------------------------- */
+
+static poe_status dry_run(const poe_options *o)
+{
+    int vocab = o->vocab_size;
+    if (!vocab && o->tokenizer) {
+        poe_tokenizer *tokenizer;
+        poe_status status = poe_tokenizer_read(o->tokenizer, &tokenizer);
+        if (status != POE_OK)
+            return status;
+        vocab = poe_tokenizer_size(tokenizer);
+        poe_tokenizer_destroy(tokenizer);
+    }
+    poe_model *model = malloc(sizeof(*model));
+    poe_status status = model ? poe_settings_model(o, vocab ? vocab : POE_OPTION_VOCAB, model) : POE_FAILED;
+    if (status == POE_OK)
+        status = poe_report_start(o, model, poe_run_threads(o, o->ranks ? o->ranks : o->stages.count), NULL);
+    free(model);
+    return status;
+}
+
+static poe_status check_transport(const poe_options *o, bool launched)
+{
+    if (strcmp(o->transport, "mpi") != 0 || launched)
+        return POE_OK;
+    poe_error("--transport mpi needs ranks that a launcher started: --ranks %d, or mpiexec -n %d", o->stages.count,
+              o->stages.count);
+    return POE_BAD_INPUT;
+}
+
+int poe_train_main(int argc, char **argv, poe_options *options, poe_status parse_status)
+{
+    (void)argc;
+    bool launched = poe_mpi_launched();
+    poe_kernels kernels;
+    poe_status status = parse_status == POE_OK ? check_transport(options, launched) : parse_status;
+    if (status == POE_OK)
+        status = poe_kernels_parse(options->kernels, &kernels);
+    if (status == POE_OK && options->dry_run) {
+        int rank = 0, size = 1;
+        poe_mpi_environment(&rank, &size);
+        poe_log_settle(rank == 0);
+        return rank == 0 ? poe_exit_status(dry_run(options)) : 0;
+    }
+    if (status == POE_OK)
+        poe_blas_ensure(kernels, argv);
+    poe_rank_body body = options->eval_only ? evaluate_rank : train_rank;
+    if (launched && strcmp(options->transport, "inproc") != 0)
+        return poe_ranks_mpi(options, status, body);
+    poe_log_settle(true);
+    return status == POE_OK ? poe_ranks_threads(options->stages.count, options, body) : poe_exit_status(status);
+}
