@@ -10,6 +10,7 @@
 
 #include "src/log.h"
 #include "src/options_table.h"
+#include "src/shipped.h"
 
 /* One flag of the command line, checked for its name only. */
 typedef struct assignment {
@@ -339,6 +340,16 @@ static poe_status apply_all(poe_options *options, const sources *from, const cha
     return status;
 }
 
+/* A run without --data trains on the text that ships. */
+static poe_status add_shipped_text(poe_options *options)
+{
+    char path[POE_PATH_MAX];
+    poe_status status = options->data.count ? POE_OK : poe_shipped_text(path);
+    if (status != POE_OK || options->data.count)
+        return status;
+    return poe_option_set(options, poe_option_find("data", 4), path, "--data");
+}
+
 static poe_status parse(int argc, char **argv, sources *from, poe_options *options)
 {
     char size[POE_OPTION_TEXT];
@@ -361,7 +372,11 @@ static poe_status parse(int argc, char **argv, sources *from, poe_options *optio
         poe_options_free(options);
         status = apply_all(options, from, size);
     }
-    return status == POE_OK ? poe_options_check(options, from->command) : status;
+    if (status == POE_OK)
+        status = poe_options_check(options, from->command);
+    if (status == POE_OK && from->command == POE_COMMAND_TRAIN)
+        status = add_shipped_text(options);
+    return status;
 }
 
 poe_status poe_options_parse(int argc, char **argv, poe_command *command, poe_options *options)

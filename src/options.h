@@ -51,7 +51,7 @@ typedef struct poe_options {
     int sync_every; /* N, derived; 0 when not every:N */
     int64_t seed;
     /* data */
-    poe_file_list data, val_data;
+    poe_file_list data, val_data; /* training without --data: the text that ships */
     char documents[POE_OPTION_TEXT]; /* blank-lines | file: what a document is in a .txt */
     char *tokenizer;                 /* owned; NULL: train one */
     /* evaluation */

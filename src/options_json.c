@@ -15,17 +15,18 @@ poe_status poe_options_read_json(const char *path, const char *what, json_t **ob
     poe_status status = poe_read_file(path, what, &text, &size);
     if (status != POE_OK)
         return status;
-    *object = json_loadb(text, size, JSON_REJECT_DUPLICATES, &error);
+    json_t *value = json_loadb(text, size, JSON_REJECT_DUPLICATES, &error);
     free(text);
-    if (!*object) {
+    if (!value) {
         poe_error("%s: line %d: %s", path, error.line, error.text);
         return POE_BAD_INPUT;
     }
-    if (!json_is_object(*object)) {
-        json_decref(*object);
+    if (!json_is_object(value)) {
+        json_decref(value);
         poe_error("%s: found a JSON value that is not an object, allowed is {\"flag\": value, ...}", path);
         return POE_BAD_INPUT;
     }
+    *object = value;
     return POE_OK;
 }
 

@@ -100,7 +100,8 @@ const poe_option poe_option_table[] = {
     INT64("seed", seed, "0", 0, EXACT_MAX, TRAIN | GENERATE, FIXED, "of the initial weights, or of the sampling"),
 #undef GROUP
 #define GROUP "Data and evaluation"
-    FILES("data", data, TRAIN | DATA, LOCAL, "text to train on, .txt or .jsonl, or tokens, .bin; may be repeated"),
+    FILES("data", data, TRAIN | DATA, LOCAL,
+          "text, .txt or .jsonl, or tokens, .bin; may be repeated; training without it takes the text that ships"),
     FILES("val-data", val_data, TRAIN | DATA, LOCAL, "held-out text; without it the last 10 % of the documents"),
     WORD("documents", documents, "blank-lines", "blank-lines|file", TRAIN | DATA, CHANGEABLE,
          "what separates the documents of a .txt"),

@@ -90,7 +90,8 @@ static void test_defaults(void)
     CHECK_STRING(o.aggregate, "mean");
     CHECK_INT(o.sync_delay, 0);
     CHECK_INT(o.stage, -1);
-    CHECK(!o.out && !o.tokenizer && o.data.count == 0 && !o.dry_run);
+    CHECK(!o.out && !o.tokenizer && !o.dry_run);
+    CHECK(o.data.count == 1 && strstr(o.data.paths[0], "/tinyshakespeare.txt") && !poe_options_given(&o, "data"));
     CHECK(!poe_options_given(&o, "n-embd"));
     poe_options_free(&o);
 }
@@ -229,6 +230,7 @@ static void test_config(void)
     poe_options_free(&o);
     write_file("c.json", "{\"stages\": \"3,2\", \"backout\": \"off\", \"data\": \"x\"}");
     CHECK_INT(parse(&o, &command, "--config %s/c.json", folder), POE_OK);
+    CHECK_INT(o.data.count, 1);
     CHECK_INT(o.stages.layers[1], 2);
     CHECK_STRING(o.backout, "off");
     CHECK_STRING(o.data.paths[0], "x");
