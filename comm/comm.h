@@ -36,7 +36,8 @@ const char *poe_comm_host(const poe_comm *comm);
 /* Applies from now on (the deadline is a flag, known only after the start). NULL: the defaults. */
 void poe_comm_configure(poe_comm *comm, const poe_comm_settings *settings);
 /* Stops the helper thread and frees everything; collective with the other ranks when `orderly` (outstanding sends are
- * completed), within a fraction of a second otherwise. Ranks that wait for this one are told, and give up. NULL is legal. Links and reduces must be closed before. */
+ * completed), within a fraction of a second otherwise. Ranks that wait for this one are told, and give up. NULL is
+ * legal. Links and reduces must be closed before. */
 void poe_comm_destroy(poe_comm *comm, bool orderly);
 
 /* --- small collective calls: every rank of the job, in the same order ------------------------------------------------ */
