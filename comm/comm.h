@@ -23,9 +23,9 @@ typedef struct poe_link poe_link;
 typedef struct poe_reduce poe_reduce;
 
 typedef struct poe_comm_settings {
-    double deadline; /* seconds without a sign of life; default 120 */
-    double patience; /* seconds between lines about a slow peer; default 30 */
-    double heartbeat; /* seconds between signs of life; default min(1, deadline / 4) when 0 */
+    double deadline; /* seconds without a sign of life; 0: 120 */
+    double patience; /* seconds between lines about a slow peer; 0: 30 */
+    double heartbeat; /* seconds between signs of life; 0: min(1, deadline / 4) */
 } poe_comm_settings;
 
 int poe_comm_rank(const poe_comm *comm);
@@ -33,10 +33,11 @@ int poe_comm_size(const poe_comm *comm);
 int poe_comm_host_ranks(const poe_comm *comm); /* ranks of this job on this rank's host, itself included */
 const char *poe_comm_transport(const poe_comm *comm); /* "inproc", "mpi" */
 const char *poe_comm_host(const poe_comm *comm);
-/* Applies from now on (the deadline is a flag, known only after the start). */
+/* Applies from now on (the deadline is a flag, known only after the start). NULL: the defaults. */
 void poe_comm_configure(poe_comm *comm, const poe_comm_settings *settings);
 /* Stops the helper thread and frees everything; collective with the other ranks when `orderly` (outstanding sends are
- * completed), at once otherwise. NULL is legal. Links and reduces must be closed before. */
+ * completed), within a fraction of a second otherwise. Ranks that wait for this one are told, and give up. NULL is
+ * legal. Links and reduces must be closed before. */
 void poe_comm_destroy(poe_comm *comm, bool orderly);
 
 /* --- small collective calls: every rank of the job, in the same order ------------------------------------------------ */
@@ -65,7 +66,7 @@ typedef struct poe_message {
 typedef struct poe_link_settings {
     const char *name;  /* "activations 0->1": for messages; copied */
     int peer;          /* the other rank */
-    int channel;       /* 0..15, the same at both ends; one link per (direction, pair, channel) */
+    int channel;       /* 0..15, the same at both ends; one link per (direction, pair, channel), ever */
     bool outgoing;
     size_t max_bytes;  /* of a payload */
     int window;        /* credits: messages that may be under way and unreleased, >= 1, the same at both ends */
@@ -74,7 +75,8 @@ typedef struct poe_link_settings {
 
 /* All memory of a link is allocated here. POE_FAILED: said. */
 poe_status poe_link_open(poe_comm *comm, const poe_link_settings *settings, poe_link **link);
-void poe_link_close(poe_link *link); /* NULL is legal */
+/* Waits until what was sent has left. NULL is legal. */
+void poe_link_close(poe_link *link);
 
 /* Sender: waits for a credit and gives the payload to fill (max_bytes, 64-byte aligned); then poe_link_send() hands
  * it over and returns at once. `message` says what is waited for, should the wait be long. */
@@ -101,9 +103,11 @@ typedef struct poe_reduce_settings {
 } poe_reduce_settings;
 
 poe_status poe_reduce_open(poe_comm *comm, const poe_reduce_settings *settings, poe_reduce **reduce);
+/* Waits until totals have been passed on, unless vectors are under way: then it gives them up. NULL is legal. */
 void poe_reduce_close(poe_reduce *reduce);
 /* Starts summing `values` (count floats, 64-byte aligned, borrowed until poe_reduce_end()) for `step`: partial sums go
- * down the chain, each rank adds its own (partial + own, in chain order), the total comes back up. Returns at once. */
+ * down the chain, each rank adds its own (partial + own, in chain order), the total comes back up. Returns at once. At
+ * most `slots` vectors are begun and not ended. */
 poe_status poe_reduce_begin(poe_reduce *reduce, int64_t step, float *values);
 /* Waits until `values` of the oldest begun vector, which must be that of `step`, holds the total, and this rank has
  * passed it on, so that the memory is the caller's again. */
@@ -119,7 +123,7 @@ typedef struct poe_comm_stats {
 void poe_comm_get_stats(poe_comm *comm, poe_comm_stats *stats); /* totals since the start */
 
 /* What the rank is doing, for its neighbours' and the user's eyes ("forward, step 12, micro-batch 3"): cheap, copied
- * into heartbeats. Static text only. */
+ * into heartbeats. Static text only; a negative step or micro-batch is left out. */
 void poe_comm_doing(poe_comm *comm, const char *what, int64_t step, int micro);
 
 /* From any thread or signal handler: the helper thread prints one line that says what this rank waits for and since

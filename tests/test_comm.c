@@ -168,8 +168,11 @@ static void check_decorated(const poe_scenario *scenario, int rank, const poe_tr
     poe_transport *transports[2];
     CHECK_INT(poe_inproc_create(2, transports), POE_OK);
     transports[rank] = decorate(transports[rank], ops);
+    int before = check_failures + poe_scenarios_failures();
     char *said = play_all(scenario, transports, 2);
     check_said(said, scenario->says);
+    if (check_failures + poe_scenarios_failures() != before)
+        fputs(said, stderr);
     free(said);
 }
 
