@@ -33,7 +33,7 @@ struct poe_chain {
     _Atomic uint64_t asked, done;
 };
 
-/* --- the helper thread ----------------------------------------------------------------------------------------------------- */
+/* --- the helper thread -------------------------------------------------------------------------------------------- */
 static void start(poe_chain *chain)
 {
     size_t bytes = (size_t)chain->frame.message.bytes;
@@ -106,7 +106,7 @@ static bool advance(poe_part *part)
     return poe_part_done(part, &chain->operations[1]) && finish(chain);
 }
 
-/* --- the rank's thread ----------------------------------------------------------------------------------------------------- */
+/* --- the rank's thread -------------------------------------------------------------------------------------------- */
 static bool is_done(const poe_part *part)
 {
     const poe_chain *chain = (const poe_chain *)part;

@@ -100,7 +100,7 @@ void poe_comm_lose(poe_comm *comm, const char *format, ...)
     pthread_mutex_unlock(&comm->lock);
 }
 
-/* --- time spent -------------------------------------------------------------------------------------------------------- */
+/* --- time spent --------------------------------------------------------------------------------------------------- */
 /* Under the lock, before `sending` or `wait` changes. */
 static void account(poe_comm *comm, double now)
 {
@@ -121,7 +121,7 @@ void poe_comm_get_stats(poe_comm *comm, poe_comm_stats *stats)
     pthread_mutex_unlock(&comm->lock);
 }
 
-/* --- parts ------------------------------------------------------------------------------------------------------------- */
+/* --- parts -------------------------------------------------------------------------------------------------------- */
 void poe_part_send(poe_part *part, int peer, int channel, const void *data, size_t bytes, poe_operation *op)
 {
     poe_transport *transport = part->comm->transport;
@@ -195,7 +195,7 @@ poe_status poe_part_wait(poe_part *part, poe_wait *wait, bool (*ready)(const poe
     return atomic_load(&comm->status);
 }
 
-/* --- the helper thread --------------------------------------------------------------------------------------------------- */
+/* --- the helper thread -------------------------------------------------------------------------------------------- */
 static void remove_part(poe_comm *comm, poe_part *part)
 {
     for (poe_part **at = &comm->parts; *at; at = &(*at)->next)

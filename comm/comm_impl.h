@@ -75,7 +75,7 @@ struct poe_comm {
     poe_comm_stats tally;
 };
 
-/* --- comm.c ------------------------------------------------------------------------------------------------------------ */
+/* --- comm.c ------------------------------------------------------------------------------------------------------- */
 static inline bool poe_comm_lost(const poe_comm *comm)
 {
     return atomic_load(&comm->status) != POE_OK;
@@ -96,7 +96,7 @@ void poe_part_send(poe_part *part, int peer, int channel, const void *data, size
 void poe_part_receive(poe_part *part, int peer, int channel, void *data, size_t bytes, poe_operation *op);
 bool poe_part_done(poe_part *part, const poe_operation *op);
 
-/* --- watch.c ----------------------------------------------------------------------------------------------------------- */
+/* --- watch.c ------------------------------------------------------------------------------------------------------ */
 typedef enum poe_presence { POE_HERE = 0, POE_LEAVING, POE_GONE } poe_presence;
 
 poe_status poe_watch_create(poe_comm *comm);
@@ -108,7 +108,7 @@ void poe_watch_heard(poe_comm *comm, int peer, double now);
 /* Tells all watched peers, and waits a moment for the news to be out when the rank is gone. */
 void poe_watch_leave(poe_comm *comm, poe_presence presence);
 
-/* --- collective.c ------------------------------------------------------------------------------------------------------ */
+/* --- collective.c ------------------------------------------------------------------------------------------------- */
 poe_status poe_chain_create(poe_comm *comm);
 void poe_chain_destroy(poe_comm *comm); /* detaches it first */
 /* The last barrier: while it lasts, peers may leave. */

@@ -79,7 +79,7 @@ static void refuse(poe_link *link, const char *why)
                   poe_comm_rank(link->part.comm), link->peer, why);
 }
 
-/* --- the sender's helper thread ------------------------------------------------------------------------------------------ */
+/* --- the sender's helper thread ----------------------------------------------------------------------------------- */
 static void start_send(poe_link *link)
 {
     int slot = slot_of(link, link->begun++);
@@ -153,7 +153,7 @@ static bool advance_sender(poe_part *part)
     return moved;
 }
 
-/* --- the receiver's helper thread ---------------------------------------------------------------------------------------- */
+/* --- the receiver's helper thread --------------------------------------------------------------------------------- */
 static void post_frame(poe_link *link)
 {
     int slot = slot_of(link, link->begun++);
@@ -225,7 +225,7 @@ static bool advance_receiver(poe_part *part)
     return moved;
 }
 
-/* --- opening and closing ------------------------------------------------------------------------------------------------- */
+/* --- opening and closing ------------------------------------------------------------------------------------------ */
 static void free_link(poe_link *link)
 {
     free(link->payloads);
@@ -292,7 +292,7 @@ void poe_link_close(poe_link *link)
         free_link(link);
 }
 
-/* --- the rank's thread --------------------------------------------------------------------------------------------------- */
+/* --- the rank's thread -------------------------------------------------------------------------------------------- */
 static bool has_credit(const poe_part *part)
 {
     const poe_link *link = (const poe_link *)part;

@@ -221,7 +221,7 @@ static bool advance(poe_part *part)
     return moved;
 }
 
-/* --- opening and closing ------------------------------------------------------------------------------------------------- */
+/* --- opening and closing ------------------------------------------------------------------------------------------ */
 static void free_reduce(poe_reduce *r)
 {
     free(r->up.buffers);
@@ -307,7 +307,7 @@ void poe_reduce_close(poe_reduce *reduce)
         free_reduce(reduce);
 }
 
-/* --- the rank's thread --------------------------------------------------------------------------------------------------- */
+/* --- the rank's thread -------------------------------------------------------------------------------------------- */
 poe_status poe_reduce_begin(poe_reduce *reduce, int64_t step, float *values)
 {
     uint64_t begun = reduce->begun;

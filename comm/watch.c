@@ -78,7 +78,7 @@ static void describe(poe_comm *comm, char text[TEXT_BYTES])
     pthread_mutex_unlock(&comm->lock);
 }
 
-/* --- beats out ----------------------------------------------------------------------------------------------------------- */
+/* --- beats out ---------------------------------------------------------------------------------------------------- */
 static void beat(poe_watch *watch, int rank, unsigned news, double now)
 {
     static const uint32_t flags_of[] = {[POE_HERE] = 0, [POE_LEAVING] = LEAVING, [POE_GONE] = GONE};
@@ -121,7 +121,7 @@ static bool send_beats(poe_watch *watch, double now, double period)
     return moved;
 }
 
-/* --- beats in ------------------------------------------------------------------------------------------------------------ */
+/* --- beats in ----------------------------------------------------------------------------------------------------- */
 static void listen_to(poe_watch *watch, int rank)
 {
     poe_part_receive(&watch->part, rank, POE_CHANNEL_BEAT, watch->peers[rank].in, BEAT_BYTES,
@@ -167,7 +167,7 @@ static bool take_beats(poe_watch *watch, double now)
     return moved;
 }
 
-/* --- judgement ------------------------------------------------------------------------------------------------------------ */
+/* --- judgement ---------------------------------------------------------------------------------------------------- */
 /* What the rank's thread is in, copied, as it may leave it at any time. */
 typedef struct view {
     bool waiting, line_due;
@@ -265,7 +265,7 @@ void poe_watch_heard(poe_comm *comm, int rank, double now)
     comm->watch->peers[rank].heard = now;
 }
 
-/* --- the rank's thread --------------------------------------------------------------------------------------------------- */
+/* --- the rank's thread -------------------------------------------------------------------------------------------- */
 void poe_watch_add(poe_comm *comm, int rank)
 {
     atomic_store(&comm->watch->peers[rank].watched, true);

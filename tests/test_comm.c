@@ -72,7 +72,7 @@ static void check_scenario(const poe_scenario *scenario, int size)
     free(said);
 }
 
-/* --- decorators ------------------------------------------------------------------------------------------------------------ */
+/* --- decorators --------------------------------------------------------------------------------------------------- */
 typedef struct decorator {
     poe_transport base;
     poe_transport *below;
@@ -176,7 +176,7 @@ static void check_decorated(const poe_scenario *scenario, int rank, const poe_tr
     free(said);
 }
 
-/* --- damaged headers ------------------------------------------------------------------------------------------------------- */
+/* --- damaged headers ---------------------------------------------------------------------------------------------- */
 /* Every mutation is refused, with a reason, or has changed nothing. */
 static void check_mutations(void)
 {

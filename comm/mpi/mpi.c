@@ -20,7 +20,7 @@
 static const double brisk = 100e-6, shortest = 20e-6, longest = 4e-3; /* seconds */
 enum { PATIENCE = 16 };
 
-/* --- starting ------------------------------------------------------------------------------------------------------------ */
+/* --- starting ----------------------------------------------------------------------------------------------------- */
 static int number_in(const char *variable, int otherwise)
 {
     const char *text = variable ? getenv(variable) : NULL;
@@ -88,7 +88,7 @@ void poe_mpi_finish(void)
     MPI_Finalize();
 }
 
-/* --- the transport --------------------------------------------------------------------------------------------------------- */
+/* --- the transport ------------------------------------------------------------------------------------------------ */
 /* What is under way. Long messages go in pieces: MPI counts in int, and the end of each piece is a sign that data
  * flows, which keeps the sleeps short while it does. */
 enum { PIECE_BYTES = 512 << 10 };
