@@ -45,7 +45,7 @@ static bool wait_for_stopped(poe_comm *comm)
     double took = poe_now() - start;
     kill(pids[1], SIGCONT);
     CHECK_INT(status, POE_PEER_LOST);
-    CHECK(took > 0.7 && took < 2);
+    CHECK(took > 0.7 && took < 20); /* a loaded machine may be late, never early */
     return false;
 }
 
