@@ -77,7 +77,7 @@ static inline float exponential(float x)
     return x < -87.3f ? 0.0f : y; /* there the exponent is none: whatever y is */
 }
 
-/* Within 3 ulp, also near 0: t / (t + 2) with t = exp(2|x|) - 1 formed without cancellation. */
+/* Within 4 ulp, also near 0: t / (t + 2) with t = exp(2|x|) - 1 formed without cancellation. */
 static inline float hyperbolic_tangent(float x)
 {
     float twice = 2.0f * fabsf(x);
@@ -90,7 +90,7 @@ static inline float hyperbolic_tangent(float x)
 
 static inline float sigmoid(float x)
 {
-    return 1.0f / (1.0f + exponential(x < -88.0f ? 88.0f : -x));
+    return 1.0f / (1.0f + exponential(x < -87.0f ? 87.0f : -x));
 }
 
 /* --- reductions: x (n) ------------------------------------------------------------------------------------------- */
