@@ -152,18 +152,12 @@ static poe_status check_unused(const poe_run *r)
     return status;
 }
 
-/* All ranks look before any of them makes something. */
-static poe_status prepare_out(poe_run *r)
+/* Only looks: the folder is made once nothing else can be wrong. */
+static poe_status find_out(poe_run *r)
 {
     poe_status status = choose_out(r);
     if (status == POE_OK)
         status = check_unused(r);
-    status = poe_comm_agree(r->comm, status);
-    if (status != POE_OK)
-        return status;
-    status = poe_make_directories(r->out);
-    if (status == POE_OK)
-        status = poe_check_writable(r->out, "--out");
     return poe_comm_agree(r->comm, status);
 }
 
@@ -323,7 +317,7 @@ poe_status poe_run_open(poe_run *r, poe_comm *comm, const poe_options *options, 
     if (status == POE_OK)
         status = find_checkpoint(r);
     if (status == POE_OK && trains(r))
-        status = prepare_out(r);
+        status = find_out(r);
     if (status == POE_OK)
         status = open_tokenizer(r);
     if (status == POE_OK && purpose != POE_PURPOSE_USE)
