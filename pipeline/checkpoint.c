@@ -623,6 +623,11 @@ poe_status poe_checkpoint_find(poe_comm *comm, const char *what, const char *out
     return status;
 }
 
+poe_status poe_checkpoint_store_abandon(const poe_checkpoint_store *store, int64_t step)
+{
+    return poe_checkpoint_abandon(store->folder, step);
+}
+
 bool poe_checkpoint_store_leads(const poe_checkpoint_store *store)
 {
     return store->leader == poe_comm_rank(store->comm);
