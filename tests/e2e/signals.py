@@ -7,7 +7,7 @@ import time
 import poe
 
 # Long enough to be caught in the middle; the same run, undisturbed, is what an interrupted one must come to.
-LONG = {'num_iterations': 300, 'sync': 'stale:2', 'head': 'ps', 'stages': '2,1'}
+LONG = {'num_iterations': 200, 'sync': 'stale:2', 'head': 'ps', 'stages': '2,1'}
 
 
 def lines(out):
@@ -39,7 +39,7 @@ def all_gone(pids, within):
 
 
 def check_resumed(out, whole, launch=poe.THREADS):
-    result = poe.run(['--resume', out, '--export', f'{out}/final.safetensors'], launch, 2)
+    result = poe.run(['--resume', out, '--save-every', 0, '--export', f'{out}/final.safetensors'], launch, 2)
     poe.check_equal(result.code, 0, result)
     poe.check_equal(poe.steps(out), poe.steps(whole), 'metrics')
     poe.check_same_file(f'{out}/final.safetensors', f'{whole}/final.safetensors')
@@ -123,8 +123,7 @@ def killed_rank(folder):
             os.kill(run.rank_pids(2)[1], signal.SIGKILL)
             result = run.wait()
             all_gone(pids, 1)
-        poe.check(result.code not in (0, 2) and 1 <= len(result.lines) <= 2, result)
-        poe.check('rank' in result.err, result)
+        poe.check_refused(result, 137, 'rank')
         name = poe.checkpoints(out)[-1]
         poe.succeed(['inspect', f'{out}/checkpoints/{name}'])
         poe.succeed(['--resume', 'latest', '--out', out, '--num-iterations', int(name[5:]) + 1])
