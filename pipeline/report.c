@@ -318,8 +318,26 @@ poe_status poe_report_ranks(const poe_run *r, const poe_training *t)
     return status;
 }
 
+/* `path` as one word of a shell command. */
+static const char *quoted(const char *path, char text[4 * POE_PATH_MAX])
+{
+    static const char plain[] = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789/._-+=:,@%";
+    if (path[strspn(path, plain)] == '\0')
+        return path;
+    char *end = text;
+    *end++ = '\'';
+    for (const char *c = path; *c; c++)
+        end = *c == '\'' ? stpcpy(end, "'\\''") : stpncpy(end, c, 1);
+    strcpy(end, "'");
+    return text;
+}
+
 void poe_report_files(const poe_run *r, const poe_training *t, bool interrupted)
 {
+    char ranks[32] = "", run[4 * POE_PATH_MAX], checkpoint[4 * POE_PATH_MAX];
+    if (strcmp(poe_comm_transport(r->comm), "mpi") == 0)
+        snprintf(ranks, sizeof(ranks), " --ranks %d", r->size);
+    const char *out = quoted(r->out, run), *newest = quoted(t->checkpoint, checkpoint);
     printf("\n");
     if (t->checkpoint[0])
         printf("checkpoint  %s (%.3f M parameters)\n", t->checkpoint, (double)poe_model_parameters(&r->model) / 1e6);
@@ -328,11 +346,11 @@ void poe_report_files(const poe_run *r, const poe_training *t, bool interrupted)
         printf("picture     %s/loss.png\n", r->out);
     if (interrupted)
         printf("stopped after step %lld of %d; go on:  poe-pipe%s --resume %s\n", (long long)t->steps,
-               r->options->num_iterations, r->size > 1 ? " --ranks N" : "", r->out);
+               r->options->num_iterations, ranks, out);
     else
-        printf("go on       poe-pipe --resume %s --num-iterations %d\n", r->out, 2 * r->options->num_iterations);
+        printf("go on       poe-pipe%s --resume %s --num-iterations %d\n", ranks, out, 2 * r->options->num_iterations);
     if (t->checkpoint[0])
         printf("export      poe-pipe export --checkpoint %s --export model.safetensors\n"
-               "generate    poe-pipe generate --checkpoint %s --prompt \"...\"\n", t->checkpoint, t->checkpoint);
+               "generate    poe-pipe generate --checkpoint %s --prompt \"...\"\n", newest, newest);
     fflush(stdout);
 }

@@ -143,12 +143,32 @@ static poe_status check_unused(const poe_run *r)
     return status;
 }
 
+/* Before the training, not after it. In --out, which is checked when it is made, there is room. */
+static poe_status check_export(const poe_run *r)
+{
+    const char *path = r->options->export_path;
+    size_t length = strlen(r->out);
+    char folder[POE_PATH_MAX];
+    struct stat found;
+    if (!path || r->rank != 0 || (strncmp(path, r->out, length) == 0 && path[length] == '/'))
+        return POE_OK;
+    if (stat(path, &found) == 0 && S_ISDIR(found.st_mode)) {
+        poe_error("--export: %s is a directory; give the name of a file", path);
+        return POE_BAD_INPUT;
+    }
+    const char *slash = strrchr(path, '/');
+    poe_status status = poe_path(folder, "%.*s", slash ? (int)(slash - path) + 1 : 1, slash ? path : ".");
+    return status == POE_OK ? poe_check_writable(folder, "--export") : status;
+}
+
 /* Only looks: the folder is made once nothing else can be wrong. */
 static poe_status find_out(poe_run *r)
 {
     poe_status status = choose_out(r);
     if (status == POE_OK)
         status = check_unused(r);
+    if (status == POE_OK)
+        status = check_export(r);
     return poe_comm_agree(r->comm, status);
 }
 
