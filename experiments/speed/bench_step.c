@@ -12,7 +12,7 @@
  *   triad_gbs               memory bandwidth, y = a + b on arrays that no cache holds, on the same threads
  *   step_ms, operations     of the fastest step: see ops_timer.h
  * Times are the minimum over --reps steps. --stage K leaves the other stages out: what the rank of stage K needs.
- *   bench_step --stages 2,2,2 --n-embd 384 --n-head 6 --sequence-len 512 --vocab-size 4096 --batch 4 --micro 4 --threads 2 */
+ *   bench_step --stages 2,2,2 --n-embd 384 --n-head 6 --sequence-len 512 --vocab-size 4096 --threads 2 */
 #include <errno.h>
 #include <getopt.h>
 #include <jansson.h>
@@ -104,19 +104,33 @@ static bool parse_choice(const char *flag, const char *text, const char *yes, co
     return !strcmp(text, yes);
 }
 
+enum { STAGES = 256, HEAD, OBJECTIVE, WINDOW, PROFILE };
+
+static const struct option flags[] = {
+    {"n-embd", 1, NULL, 0}, /* 0 to 10: see `numbers` */
+    {"n-head", 1, NULL, 1},
+    {"n-kv-head", 1, NULL, 2},
+    {"mlp-dim", 1, NULL, 3},
+    {"sequence-len", 1, NULL, 4},
+    {"vocab-size", 1, NULL, 5},
+    {"batch", 1, NULL, 6},
+    {"micro", 1, NULL, 7},
+    {"reps", 1, NULL, 8},
+    {"threads", 1, NULL, 9},
+    {"stage", 1, NULL, 10},
+    {"stages", 1, NULL, STAGES},
+    {"head", 1, NULL, HEAD},
+    {"objective", 1, NULL, OBJECTIVE},
+    {"window-pattern", 1, NULL, WINDOW},
+    {"profile", 0, NULL, PROFILE},
+    {NULL, 0, NULL, 0},
+};
+
 static void parse(int argc, char **argv, settings *s)
 {
-    enum { STAGES = 256, HEAD, OBJECTIVE, WINDOW, PROFILE };
     poe_model_config *m = &s->model;
-    int *numbers[] = {&m->n_embd, &m->n_head,  &m->n_kv_head, &m->mlp_dim, &m->sequence_len, &m->vocab_size,
-                      &s->batch,  &s->micro,   &s->reps,      &s->threads, &s->stage};
-    static const struct option flags[] = {
-        {"n-embd", 1, NULL, 0},       {"n-head", 1, NULL, 1},     {"n-kv-head", 1, NULL, 2},
-        {"mlp-dim", 1, NULL, 3},      {"sequence-len", 1, NULL, 4}, {"vocab-size", 1, NULL, 5},
-        {"batch", 1, NULL, 6},        {"micro", 1, NULL, 7},      {"reps", 1, NULL, 8},
-        {"threads", 1, NULL, 9},      {"stage", 1, NULL, 10},     {"stages", 1, NULL, STAGES},
-        {"head", 1, NULL, HEAD},      {"objective", 1, NULL, OBJECTIVE}, {"window-pattern", 1, NULL, WINDOW},
-        {"profile", 0, NULL, PROFILE}, {NULL, 0, NULL, 0}};
+    int *numbers[] = {&m->n_embd, &m->n_head, &m->n_kv_head, &m->mlp_dim, &m->sequence_len, &m->vocab_size,
+                      &s->batch,  &s->micro,  &s->reps,      &s->threads, &s->stage};
     const char *rest;
     for (int flag, row; (flag = getopt_long(argc, argv, "", flags, &row)) != -1;) {
         if (flag == '?')
@@ -169,6 +183,19 @@ static void open_stages(bench *b, poe_backend_limits *limits)
     }
 }
 
+static void open_buffers(bench *b, size_t n, size_t c)
+{
+    b->idx = checked(malloc(n * sizeof(int32_t)));
+    b->targets = checked(malloc(n * sizeof(int32_t)));
+    poe_rng rng;
+    poe_rng_init(&rng, 1, "activations");
+    for (int i = 0; i < 2; i++) {
+        b->h[i] = checked(malloc(n * c * sizeof(float)));
+        for (size_t j = 0; j < n * c; j++) /* what --stage K reads */
+            b->h[i][j] = (float)poe_rng_normal(&rng);
+    }
+}
+
 static void open_bench(bench *b, const settings *s)
 {
     *b = (bench){.s = s, .first = s->stage < 0 ? 0 : s->stage, .work = INFINITY, .update = INFINITY, .step = INFINITY};
@@ -178,19 +205,17 @@ static void open_bench(bench *b, const settings *s)
     open_stages(b, &limits);
     if (s->profile)
         b->timer = checked(poe_ops_timer_attach(b->backend));
-    size_t n = limits.rows;
-    b->idx = checked(malloc(n * sizeof(int32_t)));
-    b->targets = checked(malloc(n * sizeof(int32_t)));
-    poe_rng rng;
-    poe_rng_init(&rng, 1, "activations");
-    for (int i = 0; i < 2; i++) {
-        b->h[i] = checked(malloc(n * limits.c * sizeof(float)));
-        for (size_t j = 0; j < n * limits.c; j++) /* what --stage K reads */
-            b->h[i][j] = (float)poe_rng_normal(&rng);
-    }
-    poe_optimizer_config optimizer = {.matrix_lr = 0.02, .embedding_lr = 0.3, .unembedding_lr = 0.008, .scalar_lr = 0.5,
-                                      .weight_decay = 0.28, .total_batch_size = (double)n * s->micro,
-                                      .num_iterations = 1000, .warmup_steps = 2, .warmdown_ratio = 0.65, .final_lr_frac = 0.05};
+    open_buffers(b, limits.rows, limits.c);
+    poe_optimizer_config optimizer = {.matrix_lr = 0.02,
+                                      .embedding_lr = 0.3,
+                                      .unembedding_lr = 0.008,
+                                      .scalar_lr = 0.5,
+                                      .weight_decay = 0.28,
+                                      .total_batch_size = (double)limits.rows * s->micro,
+                                      .num_iterations = 1000,
+                                      .warmup_steps = 2,
+                                      .warmdown_ratio = 0.65,
+                                      .final_lr_frac = 0.05};
     poe_rates_at(&b->model, &optimizer, 0, &b->rates);
 }
 
@@ -235,10 +260,10 @@ static json_t *operations_json(const poe_ops_timer *timer)
     json_t *list = checked(json_array());
     for (size_t i = 0; i < count; i++)
         if (rows[i].calls)
-            json_array_append_new(list, checked(json_pack("{ss ss sI sf sf sf sf}", "name", rows[i].name, "group",
-                                                          rows[i].group, "calls", (json_int_t)rows[i].calls, "seconds",
-                                                          rows[i].seconds, "cpu_seconds", rows[i].cpu_seconds, "flops",
-                                                          rows[i].flops, "bytes", rows[i].bytes)));
+            json_array_append_new(
+                list, checked(json_pack("{ss ss sI sf sf sf sf}", "name", rows[i].name, "group", rows[i].group, "calls",
+                                        (json_int_t)rows[i].calls, "seconds", rows[i].seconds, "cpu_seconds",
+                                        rows[i].cpu_seconds, "flops", rows[i].flops, "bytes", rows[i].bytes)));
     return list;
 }
 
@@ -320,11 +345,11 @@ static void print_result(const bench *b)
     getrusage(RUSAGE_SELF, &usage);
     double tokens = (double)s->batch * s->model.sequence_len * s->micro, sgemm = sgemm_gflops(b);
     double gflops = flops_per_token(&b->model) * tokens / b->work / 1e9;
-    json_t *result = checked(json_pack(
-        "{si ss ss sf sf sf sf sf sf sf}", "threads", s->threads, "kernels", poe_kernels_name(poe_kernels_best()), "blas",
-        poe_blas_kernels(), "tok_s", tokens / (b->work + b->update), "tok_s_forward_backward", tokens / b->work,
-        "optimizer_ms", b->update * 1e3, "model_gflops", gflops, "sgemm_gflops", sgemm, "share_of_sgemm", gflops / sgemm,
-        "peak_mib", (double)usage.ru_maxrss / 1024));
+    json_t *result = checked(json_pack("{si ss ss sf sf sf sf sf sf sf}", "threads", s->threads, "kernels",
+                                       poe_kernels_name(poe_kernels_best()), "blas", poe_blas_kernels(), "tok_s",
+                                       tokens / (b->work + b->update), "tok_s_forward_backward", tokens / b->work,
+                                       "optimizer_ms", b->update * 1e3, "model_gflops", gflops, "sgemm_gflops", sgemm,
+                                       "share_of_sgemm", gflops / sgemm, "peak_mib", (double)usage.ru_maxrss / 1024));
     if (b->timer) {
         json_object_set_new(result, "triad_gbs", json_real(triad_gbs(b)));
         json_object_set_new(result, "step_ms", json_real(b->step * 1e3));
@@ -350,9 +375,19 @@ static void close_bench(bench *b)
 
 int main(int argc, char **argv)
 {
-    settings s = {.model = {.n_stages = 3, .stage_layers = {2, 2, 2}, .n_embd = 384, .n_head = 6, .sequence_len = 512,
-                            .vocab_size = 4096, .window_pattern = "L", .norm_eps = 1.1920929e-7},
-                  .batch = 4, .micro = 4, .reps = 3, .threads = 1, .stage = -1};
+    settings s = {.model = {.n_stages = 3,
+                            .stage_layers = {2, 2, 2},
+                            .n_embd = 384,
+                            .n_head = 6,
+                            .sequence_len = 512,
+                            .vocab_size = 4096,
+                            .window_pattern = "L",
+                            .norm_eps = 1.1920929e-7},
+                  .batch = 4,
+                  .micro = 4,
+                  .reps = 3,
+                  .threads = 1,
+                  .stage = -1};
     poe_blas_ensure(poe_kernels_best(), argv);
     parse(argc, argv, &s);
     bench b;

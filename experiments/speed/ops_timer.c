@@ -45,25 +45,25 @@ static size_t attention_floats(const poe_attention_shape *shape, size_t queries,
 }
 
 /* Five steps with the smaller side s: s x s from the matrix, a polynomial of it, the product with the matrix. The
- * first two are symmetric, so half of each is needed. A yardstick: an iteration that needs less shows as a higher rate. */
+ * first two are symmetric, so half of each is needed. A yardstick: an iteration that needs less shows a higher rate. */
 static size_t muon_flops(size_t rows, size_t cols)
 {
     size_t s = rows < cols ? rows : cols, longer = rows < cols ? cols : rows;
     return 5 * (s * s * longer + s * s * s + 2 * s * s * longer);
 }
 
-#define OPERATION(name, group, flops_, floats, parameters, ...)         \
-    static void name parameters                                         \
-    {                                                                   \
-        poe_ops_timer *timer = (poe_ops_timer *)(uintptr_t)be->ops;     \
-        poe_ops_timer_row *row = &timer->rows[ROW_##name];              \
-        double start = poe_now(), cpu_start = cpu_now();                \
-        timer->inner->name(be, __VA_ARGS__);                            \
-        row->cpu_seconds += cpu_now() - cpu_start;                      \
-        row->seconds += poe_now() - start;                              \
-        row->calls++;                                                   \
-        row->flops += (double)(flops_);                                 \
-        row->bytes += 4.0 * (double)(floats);                           \
+#define OPERATION(name, group, flops_, floats, parameters, ...)                                                        \
+    static void name parameters                                                                                        \
+    {                                                                                                                  \
+        poe_ops_timer *timer = (poe_ops_timer *)(uintptr_t)be->ops;                                                    \
+        poe_ops_timer_row *row = &timer->rows[ROW_##name];                                                             \
+        double start = poe_now(), cpu_start = cpu_now();                                                               \
+        timer->inner->name(be, __VA_ARGS__);                                                                           \
+        row->cpu_seconds += cpu_now() - cpu_start;                                                                     \
+        row->seconds += poe_now() - start;                                                                             \
+        row->calls++;                                                                                                  \
+        row->flops += (double)(flops_);                                                                                \
+        row->bytes += 4.0 * (double)(floats);                                                                          \
     }
 #include "experiments/speed/ops_timer_rows.h"
 #undef OPERATION

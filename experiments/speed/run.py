@@ -60,15 +60,16 @@ QUICK = [configuration("quick", 1, 0, stages="1,1", c=64, v=256, batch=1, micro=
 def run_child(command, cpus, **environment):
     """The JSON object that a command prints last, with the peak of its resident memory."""
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        child = subprocess.Popen([str(word) for word in command], stdout=out, stderr=err, env=dict(os.environ, **environment),
-                                 preexec_fn=lambda: os.sched_setaffinity(0, cpus))
+        child = subprocess.Popen([str(word) for word in command], stdout=out, stderr=err,
+                                 env=dict(os.environ, **environment), preexec_fn=lambda: os.sched_setaffinity(0, cpus))
         _, status, usage = os.wait4(child.pid, 0)
         child.returncode = os.waitstatus_to_exitcode(status)
         out.seek(0)
         err.seek(0)
         lines = [line for line in out.read().decode().splitlines() if line.startswith("{")]
         if child.returncode or not lines:
-            sys.exit(f"{Path(command[0]).name} ended with status {child.returncode}: {err.read().decode()[-2000:].strip()}")
+            said = err.read().decode()[-2000:].strip()
+            sys.exit(f"{Path(command[0]).name} ended with status {child.returncode}: {said}")
     return dict(json.loads(lines[-1]), process_peak_mib=usage.ru_maxrss / 1024)
 
 
@@ -77,14 +78,16 @@ def flag_words(flags):
 
 
 def run_engine(args, config, threads, *more):
-    command = [args.build / "experiments" / "bench_step", *flag_words(config["flags"]), "--threads", threads, "--reps", args.reps]
-    return run_child(command + list(more), args.cpus[:threads])
+    program = args.build / "experiments" / "bench_step"
+    command = [program, *flag_words(config["flags"]), "--threads", threads, "--reps", args.reps, *more]
+    return run_child(command, args.cpus[:threads])
 
 
 def run_torch(args, config, threads):
     """PyTorch's trainer knows no objective: one stage is the same arithmetic."""
     flags = {name: value for name, value in config["flags"].items() if name != "objective"}
-    command = [args.python, args.torch_speed, *flag_words(flags), "--threads", threads, "--reps", args.reps, "--compile"]
+    command = [args.python, args.torch_speed, *flag_words(flags), "--threads", threads, "--reps", args.reps,
+               "--compile"]
     return run_child(command, args.cpus[:threads], PYTHONDONTWRITEBYTECODE="1", OMP_NUM_THREADS=str(threads))
 
 
@@ -106,8 +109,7 @@ def measure(args, config, threads):
         ours.append(run_engine(args, config, threads, "--profile"))
         if args.torch_speed:
             theirs.append(run_torch(args, config, threads))
-    return dict(title=config["title"], flags=config["flags"], goal_step=config["goal_step"], goal_share=config["goal_share"],
-                threads=threads, ours=best(ours), torch=best(theirs) if theirs else None,
+    return dict(config, threads=threads, ours=best(ours), torch=best(theirs) if theirs else None,
                 rounds=dict(ours=ours, torch=theirs))
 
 
@@ -188,8 +190,8 @@ def goal_table(rows):
         ours, torch = row["ours"], row["torch"] or {}
         lines.append([row["title"], row["threads"], f"{ours['tok_s']:.0f}", torch.get("tok_s", "-"),
                       ratio(ours["tok_s"], torch.get("tok_s"), row["goal_step"]),
-                      f"{ours['model_gflops'] / sgemm(row):.2f} ({row['goal_share']})", torch.get("share_of_sgemm", "-"),
-                      f"{sgemm(row):.0f}", f"{ours['optimizer_ms']:.0f}", torch.get("optimizer_ms", "-")])
+                      f"{ours['model_gflops'] / sgemm(row):.2f} ({row['goal_share']})",
+                      f"{torch['model_gflops'] / sgemm(row):.2f}" if torch else "-", f"{sgemm(row):.0f}", f"{ours['optimizer_ms']:.0f}", torch.get("optimizer_ms", "-")])
     return table(["configuration", "threads", "tokens/s", "PyTorch", "whole step (goal)",
                   "forward + backward of sgemm (goal)", "PyTorch", "sgemm GFLOP/s", "optimiser ms", "PyTorch"], lines)
 
@@ -212,10 +214,10 @@ def optimizer_table(rows):
         ops = {op["name"]: op for op in operation_rows(row)}
         muon, adamw = ops["muon"], ops["adamw"]
         lines.append([row["title"], row["threads"], f"{muon['seconds'] * 1e3:.1f}", f"{muon['gflops']:.0f}",
-                      f"{muon['gflops'] / sgemm(row):.2f} (0.7)", f"{adamw['seconds'] * 1e3:.1f}", f"{adamw['gbs']:.1f}",
-                      f"{adamw['gbs'] / row['ours']['triad_gbs']:.2f} (1)"])
-    return table(["configuration", "threads", "Muon ms", "GFLOP/s", "of sgemm (goal)", "AdamW ms", "GB/s", "of triad (goal)"],
-                 lines)
+                      f"{muon['gflops'] / sgemm(row):.2f} (0.7)", f"{adamw['seconds'] * 1e3:.1f}",
+                      f"{adamw['gbs']:.1f}", f"{adamw['gbs'] / row['ours']['triad_gbs']:.2f} (1)"])
+    return table(["configuration", "threads", "Muon ms", "GFLOP/s", "of sgemm (goal)", "AdamW ms", "GB/s",
+                  "of triad (goal)"], lines)
 
 
 def memory_table(rows, ranks):
@@ -225,7 +227,8 @@ def memory_table(rows, ranks):
         torch = last["torch"]["process_peak_mib"] if last["torch"] else None
         lines.append([title, f"{max(stages):.0f}", f"{last['ours']['peak_mib']:.0f}", f"{torch:.0f}" if torch else "-",
                       f"{max(stages) / torch:.2f} (0.6)" if torch else "-"])
-    return table(["configuration", "largest rank MiB", "all stages MiB", "PyTorch MiB", "largest rank / PyTorch (goal)"], lines)
+    return table(["configuration", "largest rank MiB", "all stages MiB", "PyTorch MiB",
+                  "largest rank / PyTorch (goal)"], lines)
 
 
 def operation_table(row):
@@ -238,29 +241,36 @@ def operation_table(row):
 def markdown(result):
     rows, here = result["rows"], result["machine"]
     ours = rows[0]["ours"]
-    text = [f"# Speed of a training step\n\n{here['cpu']}, {here['processors']} processors ({' '.join(here['flags'])}); kernels "
-            f"{ours['kernels']}, OpenBLAS {ours['blas']}; load {result['load']} (start, now; it includes this run).",
-            f"PyTorch: {result['torch']}. Best of {result['rounds']} rounds of {result['reps']} steps each, in turns. sgemm is "
-            "the rate of a 1024^3 product, PyTorch's where it ran.\n", goal_table(rows), "## Threads\n", scaling_table(rows),
-            "## Optimiser\n\nMuon by the FLOPs of its iteration with symmetric products counted half, AdamW by 28 bytes per "
-            "parameter; triad is y = a + b on arrays of 128 MiB.\n", optimizer_table(rows),
-            "## Memory\n\nMost resident memory of a process, by the kernel's count. Largest rank: a process that trains this one "
-            "stage alone, without transport and data (a rank's buffers for those come on top). All stages: bench_step with "
-            "every stage, as it was timed. PyTorch: the whole process as it was timed, its compiler included.\n",
-            memory_table(rows, result["ranks"]),
-            "## Where the time goes\n\nThe fastest step. GB/s counts every operand once; of attainable is the time at sgemm's "
-            "or triad's rate, whichever is longer, over the time taken: above 1 the operands came from a cache.\n"]
+    text = [
+        "# Speed of a training step\n",
+        f"{here['cpu']}, {here['processors']} processors ({' '.join(here['flags'])}); kernels {ours['kernels']}, OpenBLAS "
+        f"{ours['blas']}; load {result['load']} (start, now; it includes this run).",
+        f"PyTorch: {result['torch']}. Best of {result['rounds']} rounds of {result['reps']} steps each, in turns. sgemm is "
+        "the rate of a 1024^3 product, PyTorch's where it ran.\n", goal_table(rows),
+        "## Threads\n", scaling_table(rows),
+        "## Optimiser\n",
+        "Muon by the FLOPs of its iteration with symmetric products counted half, AdamW by 28 bytes per parameter; triad "
+        "is y = a + b on arrays of 128 MiB.\n", optimizer_table(rows),
+        "## Memory\n",
+        "Most resident memory of a process, by the kernel's count. Largest rank: a process that trains this one stage "
+        "alone, without transport and data (a rank's buffers for those come on top). All stages: bench_step with every "
+        "stage, as it was timed. PyTorch: the whole process as it was timed, its compiler included.\n",
+        memory_table(rows, result["ranks"]),
+        "## Where the time goes\n",
+        "The fastest step. GB/s counts every operand once; of attainable is the time at sgemm's or triad's rate, whichever "
+        "is longer, over the time taken: above 1 the operands came from a cache. Waiting: threads without work, or work "
+        "without a processor.\n"]
     for row in rows:
         parts = ", ".join(f"{TITLES.get(name, name)} {ms:.1f}" for name, ms in stack(row).items())
-        text.append(f"### {row['title']}, {row['threads']} threads\n\nms of a step of {row['ours']['step_ms']:.1f}: {parts}; triad "
-                    f"{row['ours']['triad_gbs']:.1f} GB/s.\n\n" + operation_table(row))
+        text += [f"### {row['title']}, {row['threads']} threads\n", f"A step of {row['ours']['step_ms']:.1f} ms: {parts}; "
+                 f"triad {row['ours']['triad_gbs']:.1f} GB/s.\n", operation_table(row)]
     return "\n".join(text)
 
 
 # --- picture ---------------------------------------------------------------------------------------------------------
 
 def bars(rows):
-    """(x, [(colour key, bottom, top)], label above): two bars per configuration, percent of PyTorch's step (or of our own)."""
+    """(x, [(colour key, bottom, top)], label above): two bars per configuration, percent of PyTorch's step or our own."""
     for number, row in enumerate(rows):
         torch, tokens = row["torch"], row["flags"]["batch"] * row["flags"]["micro"] * row["flags"]["sequence-len"]
         full = 1e3 * tokens / torch["tok_s"] if torch else row["ours"]["step_ms"]
@@ -279,17 +289,20 @@ def panel(rows, threads):
     of = "PyTorch's step" if mine[0]["torch"] else "the step"
     lines = [f'set title "{threads} thread{"s" * (threads > 1)}"', f'set ylabel "% of {of}"', "unset label",
              "set xtics (" + ", ".join(f'"{row["title"]}" {i}' for i, row in enumerate(mine)) + ")",
-             f"set xrange [-0.6:{len(mine) - 0.4}]", "set yrange [0:125]"]
-    boxes = {}
+             f"set xrange [-0.6:{len(mine) - 0.4}]"]
+    boxes, top = {}, 0
     for x, pieces, label in bars(mine):
         if label:
             lines.append(f'set label "{label}" at {x},{pieces[-1][2] + 4} center')
         for key, low, high in pieces:
             boxes.setdefault(key, []).append(f"{x} {(low + high) / 2} {x - 0.18} {x + 0.18} {low} {high}")
+            top = max(top, high)
+    lines.append(f"set yrange [0:{1.15 * top}]")
     names = {"torch": "PyTorch: forward and backward", "torch_optimiser": "PyTorch: optimiser", **TITLES}
     for key, data in boxes.items():
         lines += [f"${key} << EOD", *data, "EOD"]
-    plots = [f'${key} using 1:2:3:4:5:6 with boxxyerror fillcolor rgb "{COLOURS[key]}" title "{names.get(key, key)}"' for key in boxes]
+    style = "using 1:2:3:4:5:6 with boxxyerror fillcolor rgb"
+    plots = [f'${key} {style} "{COLOURS[key]}" title "{names.get(key, key)}"' for key in boxes]
     return "\n".join(lines + ["plot " + ", ".join(plots)])
 
 
@@ -309,12 +322,12 @@ def draw(rows, path):
 
 def torch_version(args):
     """What PyTorch is, or why it is left out; then args.torch_speed is None."""
-    version = None
     if not args.torch_speed.is_file():
         version = f"not measured, there is no file {args.torch_speed}"
     else:
         try:
-            probe = subprocess.run([args.python, "-c", "import torch; print(torch.__version__)"], capture_output=True, text=True)
+            probe = subprocess.run([args.python, "-c", "import torch; print(torch.__version__)"], capture_output=True,
+                                   text=True)
         except OSError as error:
             sys.exit(f"--python {args.python}: {error.strerror}")
         if probe.returncode == 0:
@@ -337,7 +350,8 @@ def parse():
     add("--build", type=Path, default=ROOT / "build", help="build folder (default: build)")
     add("--out", type=Path, default=ROOT / "runs" / "speed", help="where results go (default: runs/speed)")
     add("--python", default=sys.executable, help="a Python with torch (default: the one that runs this)")
-    add("--torch-speed", type=Path, default=ROOT.parent / "shared" / "reference" / "torch_speed.py", help="PyTorch's trainer")
+    add("--torch-speed", type=Path, default=ROOT.parent / "shared" / "reference" / "torch_speed.py",
+        help="PyTorch's trainer (default: ../shared/reference/torch_speed.py beside the repository)")
     add("--rounds", type=int, default=3, help="runs of each trainer (default 3)")
     add("--reps", type=int, default=3, help="steps per run, after one that warms up (default 3)")
     add("--threads", default="1,2", help="thread counts (default 1,2)")
