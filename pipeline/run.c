@@ -7,12 +7,14 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/random.h>
+#include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
 
 #include "pipeline/interchange.h"
 #include "pipeline/settings.h"
 #include "src/log.h"
+#include "src/manifest.h"
 
 static int cores_of_host(void)
 {
@@ -106,24 +108,10 @@ static poe_status agree_on_id(poe_run *r)
 
 /* --- folders and the checkpoint to go on from --------------------------------------------------------------------------- */
 
-/* RUN of RUN/checkpoints/step-N. */
-static void run_folder_of(const char *checkpoint, char folder[POE_PATH_MAX])
-{
-    snprintf(folder, POE_PATH_MAX, "%s", checkpoint);
-    for (int level = 0; level < 2; level++) {
-        char *slash = strrchr(folder, '/');
-        if (!slash) {
-            snprintf(folder, POE_PATH_MAX, ".");
-            return;
-        }
-        *slash = '\0';
-    }
-}
-
 static poe_status choose_out(poe_run *r)
 {
     char name[POE_PATH_MAX] = "";
-    if (r->rank == 0 && !r->options->out && !r->resumed[0]) {
+    if (r->rank == 0 && !r->options->out && !r->resumed_run[0]) {
         time_t now = time(NULL);
         struct tm local;
         localtime_r(&now, &local);
@@ -134,36 +122,33 @@ static poe_status choose_out(poe_run *r)
         return status;
     if (r->options->out)
         return poe_path(r->out, "%s", r->options->out);
-    if (r->resumed[0])
-        run_folder_of(r->resumed, r->out);
-    else
-        memcpy(r->out, name, sizeof(name));
+    memcpy(r->out, r->resumed_run[0] ? r->resumed_run : name, sizeof(name));
     return POE_OK;
+}
+
+static bool same_folder(const char *a, const char *b)
+{
+    struct stat x, y;
+    return stat(a, &x) == 0 && stat(b, &y) == 0 && x.st_dev == y.st_dev && x.st_ino == y.st_ino;
 }
 
 static poe_status check_unused(const poe_run *r)
 {
     char path[POE_PATH_MAX];
     poe_status status = poe_path(path, "%s/config.json", r->out);
-    if (status == POE_OK && !r->resumed[0] && access(path, F_OK) == 0) {
+    if (status == POE_OK && !same_folder(r->out, r->resumed_run) && access(path, F_OK) == 0) {
         poe_error("--out %s already holds a run; go on with it by --resume %s, or choose another folder", r->out, r->out);
         status = POE_BAD_INPUT;
     }
     return status;
 }
 
-/* All ranks look before any of them makes something. */
-static poe_status prepare_out(poe_run *r)
+/* Only looks: the folder is made once nothing else can be wrong. */
+static poe_status find_out(poe_run *r)
 {
     poe_status status = choose_out(r);
     if (status == POE_OK)
         status = check_unused(r);
-    status = poe_comm_agree(r->comm, status);
-    if (status != POE_OK)
-        return status;
-    status = poe_make_directories(r->out);
-    if (status == POE_OK)
-        status = poe_check_writable(r->out, "--out");
     return poe_comm_agree(r->comm, status);
 }
 
@@ -180,23 +165,34 @@ static poe_status find_checkpoint(poe_run *r)
     r->first_step = json_integer_value(json_object_get(r->facts, "step"));
     const char *hash = json_string_value(json_object_get(r->facts, "data_hash"));
     r->data_hash = hash ? strtoull(hash, NULL, 16) : 0;
-    return POE_OK;
+    return poe_comm_agree(r->comm, poe_checkpoint_run(r->resumed, r->resumed_run));
 }
 
 /* --- model and stage ------------------------------------------------------------------------------------------------------ */
 
+/* Weights mean nothing under another tokenizer than the one they were trained with. */
+static poe_status check_tokenizer(const poe_run *r)
+{
+    const char *before = json_string_value(json_object_get(r->facts, "tokenizer_hash"));
+    if (!before || !r->corpus.tokenizer || strtoull(before, NULL, 16) == poe_tokenizer_hash(r->corpus.tokenizer))
+        return POE_OK;
+    poe_error("--tokenizer: %s is not the tokenizer that %s was trained with",
+              r->options->tokenizer ? r->options->tokenizer : "the one trained on --data", r->resumed);
+    return POE_BAD_INPUT;
+}
+
 /* A resumed run keeps its own tokenizer, wherever the checkpoint came from. */
 static poe_status open_tokenizer(poe_run *r)
 {
-    char folder[POE_PATH_MAX], stored[POE_PATH_MAX + 16];
+    char stored[POE_PATH_MAX + 16];
     const char *path = NULL;
-    if (r->resumed[0] && !poe_options_given(r->options, "tokenizer")) {
-        run_folder_of(r->resumed, folder);
-        snprintf(stored, sizeof(stored), "%s/tokenizer.json", folder);
+    if (r->resumed_run[0] && !poe_options_given(r->options, "tokenizer")) {
+        snprintf(stored, sizeof(stored), "%s/tokenizer.json", r->resumed_run);
         if (access(stored, R_OK) == 0)
             path = stored;
     }
-    return poe_corpus_open_tokenizer(&r->corpus, r->comm, r->options, path);
+    poe_status status = poe_corpus_open_tokenizer(&r->corpus, r->comm, r->options, path);
+    return status == POE_OK ? poe_comm_agree(r->comm, check_tokenizer(r)) : status;
 }
 
 static bool trains(const poe_run *r)
@@ -323,7 +319,7 @@ poe_status poe_run_open(poe_run *r, poe_comm *comm, const poe_options *options, 
     if (status == POE_OK)
         status = find_checkpoint(r);
     if (status == POE_OK && trains(r))
-        status = prepare_out(r);
+        status = find_out(r);
     if (status == POE_OK)
         status = open_tokenizer(r);
     if (status == POE_OK && purpose != POE_PURPOSE_USE)

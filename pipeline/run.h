@@ -34,6 +34,7 @@ typedef struct poe_run {
 
     char out[POE_PATH_MAX];       /* the run's folder */
     char resumed[POE_PATH_MAX];   /* the checkpoint that was loaded, or "" */
+    char resumed_run[POE_PATH_MAX]; /* the folder of the run that it is in; "": in none */
     json_t *facts;                /* its manifest; NULL when nothing was resumed */
     int64_t first_step;           /* updates that the loaded weights have had */
     uint64_t data_hash;           /* running hash of the tokens trained on */

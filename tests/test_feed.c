@@ -510,7 +510,7 @@ int main(void)
     poe_log *log = poe_log_create(0, 1); /* holds the sentences that the refusals say */
     poe_log_attach(log);
     CHECK_INT(poe_tokenizer_train(one_text, &given, POE_VOCAB_MIN, &bytes_tokenizer), POE_OK);
-    poe_log_hold(true);
+    poe_log_hold();
     check_shards();
     check_shard_refusals();
     check_documents();

@@ -635,7 +635,7 @@ static void check_memory_of(const poe_model *model, const poe_stage_settings *se
     CHECK_INT(live, 0);
     for (int n = 0; n < (settings->training ? 4 : 2); n++) {
         allowed = n;
-        poe_log_hold(true);
+        poe_log_hold();
         CHECK_INT(poe_stage_create(model, settings, &counting, &stage), POE_FAILED);
         poe_log_settle(false);
         CHECK_INT(live, 0);
