@@ -2,6 +2,7 @@
 #include "pipeline/run.h"
 
 #include <errno.h>
+#include <math.h>
 #include <sched.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -220,17 +221,29 @@ static bool trains(const poe_run *r)
     return r->purpose == POE_PURPOSE_TRAIN;
 }
 
-static poe_stage_settings stage_settings(const poe_options *o, int stage, bool training)
+static poe_stage_settings stage_settings(const poe_options *o, int stage, bool training, poe_recompute recompute)
 {
-    return (poe_stage_settings){.stage = stage, .rows = (size_t)o->device_batch_size, .training = training};
+    return (poe_stage_settings){
+        .stage = stage, .rows = (size_t)o->device_batch_size, .training = training, .recompute = recompute};
+}
+
+/* Every rank's memory, before any of it is allocated. */
+static poe_status agree_on_memory(poe_run *r)
+{
+    poe_run_memory mine;
+    poe_status status = poe_run_size(r->options, &r->model, r->rank, r->threads, &mine);
+    if (status == POE_OK)
+        status = poe_run_check_memory(r->options, r->rank, &mine);
+    status = poe_comm_agree(r->comm, status);
+    return status == POE_OK ? poe_comm_gather(r->comm, &mine, r->memory, sizeof(mine)) : status;
 }
 
 static poe_status create_stage(poe_run *r)
 {
-    poe_stage_settings settings = stage_settings(r->options, r->rank, trains(r));
+    poe_stage_settings settings =
+        stage_settings(r->options, r->rank, trains(r), r->memory[r->rank].recompute);
     poe_backend_limits limits;
     poe_stage_limits(&r->model, &settings, &limits);
-    r->threads = poe_run_threads(r->options, poe_comm_host_ranks(r->comm));
     poe_status status = poe_cpu_create(r->kernels, r->threads, &limits, &r->backend);
     return status == POE_OK ? poe_stage_create(&r->model, &settings, r->backend, &r->stage) : status;
 }
@@ -241,9 +254,11 @@ static poe_status open_model(poe_run *r)
     poe_settings_optimizer(r->options, &r->optimizer);
     if (status == POE_OK && r->resumed[0])
         status = poe_checkpoint_load_layers(r->resumed, r->facts, r->rank, &r->model);
-    if (status == POE_OK)
-        status = create_stage(r);
-    return poe_comm_agree(r->comm, status);
+    r->threads = poe_run_threads(r->options, poe_comm_host_ranks(r->comm));
+    status = poe_comm_agree(r->comm, status);
+    if (status == POE_OK && trains(r))
+        status = agree_on_memory(r);
+    return status == POE_OK ? poe_comm_agree(r->comm, create_stage(r)) : status;
 }
 
 /* How many vectors of shared gradients wait in the checkpoint. */
@@ -367,9 +382,10 @@ void poe_run_close(poe_run *r)
 
 /* --- sizes ------------------------------------------------------------------------------------------------------------------ */
 
-poe_status poe_run_size(const poe_options *o, const poe_model *model, int stage, int threads, poe_run_memory *memory)
+static poe_status size_with(const poe_options *o, const poe_model *model, int stage, int threads,
+                            poe_recompute recompute, poe_run_memory *memory)
 {
-    poe_stage_settings settings = stage_settings(o, stage, true);
+    poe_stage_settings settings = stage_settings(o, stage, true, recompute);
     poe_stage_memory parts;
     poe_status status = poe_stage_size(model, &settings, &parts);
     if (status != POE_OK)
@@ -392,6 +408,7 @@ poe_status poe_run_size(const poe_options *o, const poe_model *model, int stage,
         .messages = poe_streams_memory(&edges, stage, (size_t)o->device_batch_size, (size_t)o->sequence_len,
                                        (size_t)o->n_embd),
         .scratch = poe_cpu_scratch_bytes(&limits, threads),
+        .recompute = recompute,
     };
     poe_tensor_table_free(&table);
     return POE_OK;
@@ -400,4 +417,32 @@ poe_status poe_run_size(const poe_options *o, const poe_model *model, int stage,
 uint64_t poe_run_memory_total(const poe_run_memory *m)
 {
     return m->parameters + m->gradients + m->optimizer + m->activations + m->pending + m->messages + m->scratch;
+}
+
+static bool fits(const poe_options *o, const poe_run_memory *memory)
+{
+    return !o->memory_limit || poe_run_memory_total(memory) <= (uint64_t)o->memory_limit;
+}
+
+poe_status poe_run_size(const poe_options *o, const poe_model *model, int stage, int threads, poe_run_memory *memory)
+{
+    bool chosen = strcmp(o->recompute, "auto") != 0;
+    for (poe_recompute recompute = 0; recompute < POE_RECOMPUTE_COUNT; recompute++) {
+        if (chosen && strcmp(o->recompute, poe_recompute_name(recompute)) != 0)
+            continue;
+        poe_status status = size_with(o, model, stage, threads, recompute, memory);
+        if (status != POE_OK || fits(o, memory))
+            return status;
+    }
+    return POE_OK;
+}
+
+poe_status poe_run_check_memory(const poe_options *o, int stage, const poe_run_memory *memory)
+{
+    if (fits(o, memory))
+        return POE_OK;
+    poe_error("--memory-limit: stage %d needs %.0f MiB with --recompute %s, allowed are %.8g MiB", stage,
+              ceil((double)poe_run_memory_total(memory) / 0x1p20), poe_recompute_name(memory->recompute),
+              (double)o->memory_limit / 0x1p20);
+    return POE_BAD_INPUT;
 }
