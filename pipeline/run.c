@@ -79,11 +79,18 @@ static poe_status agree_on_options(poe_run *r)
     return status;
 }
 
+static bool wants_bf16(const poe_options *o)
+{
+    return strcmp(o->dtype, "bf16") == 0;
+}
+
 static poe_status agree_on_kernels(poe_run *r)
 {
     poe_status status = poe_kernels_parse(r->options->kernels, &r->kernels);
     if (status == POE_OK)
         status = poe_blas_check();
+    if (status == POE_OK && wants_bf16(r->options))
+        status = poe_bf16_check(r->kernels);
     status = poe_comm_agree(r->comm, status);
     int32_t mine = (int32_t)r->kernels, all[POE_MAX_STAGES], least = mine;
     if (status == POE_OK)
@@ -244,6 +251,7 @@ static poe_status create_stage(poe_run *r)
         stage_settings(r->options, r->rank, trains(r), r->memory[r->rank].recompute);
     poe_backend_limits limits;
     poe_stage_limits(&r->model, &settings, &limits);
+    limits.bf16 = wants_bf16(r->options);
     poe_status status = poe_cpu_create(r->kernels, r->threads, &limits, &r->backend);
     return status == POE_OK ? poe_stage_create(&r->model, &settings, r->backend, &r->stage) : status;
 }
@@ -397,6 +405,7 @@ static poe_status size_with(const poe_options *o, const poe_model *model, int st
     poe_shared_settings shared = shared_settings(o, NULL, o->stages.count, 0);
     poe_backend_limits limits;
     poe_stage_limits(model, &settings, &limits);
+    limits.bf16 = wants_bf16(o);
     poe_edges edges;
     poe_edges_chain(&edges, model->config.n_stages);
     *memory = (poe_run_memory){

@@ -42,6 +42,7 @@ typedef struct poe_options {
     char window_pattern[POE_OPTION_TEXT];
     double norm_eps;
     /* training */
+    char dtype[POE_OPTION_TEXT]; /* fp32 | bf16: operands of the matrix products */
     int device_batch_size;   /* rows of a micro-batch */
     int64_t total_batch_size; /* tokens of a step */
     int num_iterations, warmup_steps;

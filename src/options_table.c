@@ -88,6 +88,8 @@ const poe_option poe_option_table[] = {
 #undef GROUP
 #define GROUP "Training"
     INT("num-iterations", num_iterations, "150", 0, INT_MAX, TRAIN, CHANGEABLE, "steps"),
+    WORD("dtype", dtype, "fp32", "fp32|bf16", TRAIN, FIXED,
+         "what the operands of matrix products are rounded to; sums, weights, optimiser stay fp32"),
     INT("device-batch-size", device_batch_size, "4", 1, 65536, TRAIN, FIXED, "rows of a micro-batch"),
     INT64("total-batch-size", total_batch_size, "4096", 1, EXACT_MAX, TRAIN, FIXED, "tokens of a step"),
     INT("warmup-steps", warmup_steps, "40", 0, INT_MAX, TRAIN, FIXED, "steps of linear warm-up"),
