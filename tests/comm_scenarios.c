@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 #include "tests/comm_scenarios.h"
 
+#include <pthread.h>
 #include <stdatomic.h>
 #include <time.h>
 #include <unistd.h>
@@ -226,13 +227,24 @@ static bool left(poe_comm *comm)
     return wait_for_rank_1(comm, 0);
 }
 
+static void *request_report(void *comm)
+{
+    pause_for(0.1); /* until rank 0 waits */
+    poe_comm_request_report(comm);
+    return NULL;
+}
+
 static bool report(poe_comm *comm)
 {
+    pthread_t thread;
+    bool asks = poe_comm_rank(comm) == 0;
     if (poe_comm_rank(comm) == 1)
-        pause_for(0.2);
-    else
-        poe_comm_request_report(comm);
+        pause_for(0.3);
+    if (asks)
+        CHECK_INT(pthread_create(&thread, NULL, request_report, comm), 0);
     CHECK_INT(poe_comm_barrier(comm, "a barrier with a name"), POE_OK);
+    if (asks)
+        pthread_join(thread, NULL);
     poe_comm_doing(comm, "reporting", 7, -1);
     poe_comm_request_report(comm);
     pause_for(0.1);
