@@ -2,6 +2,7 @@
 #include "tests/comm_scenarios.h"
 
 #include <pthread.h>
+#include <stdatomic.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -45,7 +46,7 @@ static poe_message message_of(int i, size_t bytes)
                          .bytes = bytes};
 }
 
-/* --- links -------------------------------------------------------------------------------------------------------- */
+/* --- links ---------------------------------------------------------------------------------------------------------------- */
 enum { STREAM = 120, LARGEST = 200000 };
 
 static size_t stream_bytes(int i)
@@ -191,7 +192,7 @@ static bool wrong_run(poe_comm *comm)
     return refused(comm, message_of(6, 96), 6);
 }
 
-/* --- waiting ------------------------------------------------------------------------------------------------------ */
+/* --- waiting --------------------------------------------------------------------------------------------------------------- */
 /* Rank 0 waits for a message that rank 1 sends after `seconds`, or never (negative): then it leaves instead. */
 static bool wait_for_rank_1(poe_comm *comm, double seconds)
 {
@@ -226,21 +227,24 @@ static bool left(poe_comm *comm)
     return wait_for_rank_1(comm, 0);
 }
 
-static void *request_soon(void *arg)
+static void *request_report(void *comm)
 {
-    pause_for(0.15);
-    poe_comm_request_report(arg);
+    pause_for(0.1); /* until rank 0 waits */
+    poe_comm_request_report(comm);
     return NULL;
 }
 
 static bool report(poe_comm *comm)
 {
     pthread_t thread;
-    CHECK_INT(pthread_create(&thread, NULL, request_soon, comm), 0);
+    bool asks = poe_comm_rank(comm) == 0;
     if (poe_comm_rank(comm) == 1)
         pause_for(0.3);
+    if (asks)
+        CHECK_INT(pthread_create(&thread, NULL, request_report, comm), 0);
     CHECK_INT(poe_comm_barrier(comm, "a barrier with a name"), POE_OK);
-    pthread_join(thread, NULL);
+    if (asks)
+        pthread_join(thread, NULL);
     poe_comm_doing(comm, "reporting", 7, -1);
     poe_comm_request_report(comm);
     pause_for(0.1);
@@ -261,7 +265,7 @@ static bool stop(poe_comm *comm)
     return true;
 }
 
-/* --- collective calls --------------------------------------------------------------------------------------------- */
+/* --- collective calls ------------------------------------------------------------------------------------------------------ */
 static bool collectives(poe_comm *comm)
 {
     int rank = poe_comm_rank(comm), size = poe_comm_size(comm), all[8] = {0};
@@ -303,7 +307,7 @@ static bool different_calls(poe_comm *comm)
     return false;
 }
 
-/* --- the shared sum ----------------------------------------------------------------------------------------------- */
+/* --- the shared sum -------------------------------------------------------------------------------------------------------- */
 enum { COUNT = 10007, VECTORS = 9 };
 
 static void own_values(float *values, int rank, int step)
@@ -418,7 +422,7 @@ const poe_scenario poe_scenarios[] = {
 };
 const int poe_n_scenarios = sizeof(poe_scenarios) / sizeof(*poe_scenarios);
 
-/* --- harness ------------------------------------------------------------------------------------------------------ */
+/* --- harness --------------------------------------------------------------------------------------------------------------- */
 void poe_scenario_play(const poe_scenario *scenario, poe_transport *transport)
 {
     poe_log *log = poe_log_create(transport->rank, transport->size);

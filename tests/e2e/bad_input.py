@@ -13,7 +13,7 @@ import poe
 USAGE, FAILURE = 2, 1
 
 
-def refuse(args, *words, ranks=3, launches=poe.LAUNCHES, code=USAGE, lines=1):
+def refuse(args, *words, ranks=3, launches=(poe.THREADS, poe.MPIEXEC), code=USAGE, lines=1):
     for launch in launches:
         poe.check_refused(poe.run(args, launch, ranks), code, *words, lines=lines)
 
@@ -33,7 +33,7 @@ def stages(folder):
     for value in ('0', '2,0,1', '-1,2', 'two', '1,,2', '1,2,', '', '1.5', '99999999999999999999', '1 2',
                   ','.join(['1'] * 1000)):
         refuse(tiny(folder, stages=value), '--stages', launches=(poe.THREADS,))
-    refuse(tiny(folder, stages='1,0,1'), '--stages')
+    refuse(tiny(folder, stages='1,0,1'), '--stages', launches=(poe.RANKS, poe.MPIEXEC))
     check_untouched(folder)
 
 
@@ -54,7 +54,7 @@ def sizes(folder):
                            ({'objective': 'hierarchical'}, ('--objective', 'hierarchical')),
                            ({'n_embd': 30, 'n_head': 2}, ('head',)),
                            ({'vocab_size': 10}, ('tokens.bin', '10'))):
-        refuse(tiny(folder, **changes), *words)
+        refuse(tiny(folder, **changes), *words, launches=(poe.THREADS, poe.RANKS))
     check_untouched(folder)
 
 
@@ -86,7 +86,7 @@ def files(folder):
     for name in ('data', 'config', 'init-from', 'tokenizer', 'val-data'):
         for path in (nothing, folder):
             refuse(tiny(folder) + [f'--{name}', path], path, launches=(poe.THREADS,))
-        refuse(tiny(folder) + [f'--{name}', nothing], nothing, launches=(poe.RANKS, poe.MPIEXEC))
+        refuse(tiny(folder) + [f'--{name}', nothing], nothing, launches=(poe.RANKS,))
         refuse(tiny(folder) + [f'--{name}', empty], empty, launches=(poe.THREADS,))
     check_untouched(folder)
 

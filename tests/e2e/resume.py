@@ -210,7 +210,7 @@ def moved(folder):
 def nothing_there(folder):
     for what, word in (('latest', folder), (f'{folder}/none', 'none'), (folder, folder)):
         for launch in (poe.THREADS, poe.RANKS):
-            poe.check_refused(poe.run(['--resume', what, '--out', folder], launch, 3), 2, '--resume', word)
+            poe.check_refused(poe.run(['--resume', what, '--out', folder], launch, 3), 2, word)
     poe.check_refused(poe.run(['--resume', 'latest']), 2, '--out')
 
 

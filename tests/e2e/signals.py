@@ -123,7 +123,9 @@ def killed_rank(folder):
             os.kill(run.rank_pids(2)[1], signal.SIGKILL)
             result = run.wait()
             all_gone(pids, 1)
-        poe.check_refused(result, 137, lines=1 if launch == poe.RANKS else 0)
+        # Open MPI's TCP may say that a pipe broke.
+        poe.check(result.code == 137 and len(result.lines) <= 3, result)
+        poe.check(launch == poe.MPIEXEC or 'a rank was ended by signal 9' in result.err, result)
         name = poe.checkpoints(out)[-1]
         poe.succeed(['inspect', f'{out}/checkpoints/{name}'])
         poe.succeed(['--resume', 'latest', '--out', out, '--num-iterations', int(name[5:]) + 1])
