@@ -30,6 +30,12 @@ def start(out, data, launch, wanted=20, ranks=2, **changes):
     return run
 
 
+def without_tcp(result):
+    """A rank that outlives its neighbour may make Open MPI's TCP say that a pipe broke; nothing keeps it from that."""
+    result.lines = [line for line in result.lines if 'btl_tcp' not in line]
+    return result
+
+
 def all_gone(pids, within):
     end = time.monotonic() + within
     while any(poe.alive(p) for p in pids) and time.monotonic() < end:
@@ -123,9 +129,8 @@ def killed_rank(folder):
             os.kill(run.rank_pids(2)[1], signal.SIGKILL)
             result = run.wait()
             all_gone(pids, 1)
-        # Open MPI's TCP may say that a pipe broke.
-        poe.check(result.code == 137 and len(result.lines) <= 3, result)
-        poe.check(launch == poe.MPIEXEC or 'a rank was ended by signal 9' in result.err, result)
+        said = ['a rank was ended by signal 9'] if launch == poe.RANKS else []
+        poe.check_refused(without_tcp(result), 137, *said, lines=len(said))
         name = poe.checkpoints(out)[-1]
         poe.succeed(['inspect', f'{out}/checkpoints/{name}'])
         poe.succeed(['--resume', 'latest', '--out', out, '--num-iterations', int(name[5:]) + 1])
@@ -143,7 +148,7 @@ def stopped_rank(folder):
             result = run.wait()
             took = time.monotonic() - begin
             all_gone(pids, 1)
-        poe.check_refused(result, 1, f'rank {stopped}', 'step', f'rank {1 - stopped}', '2')
+        poe.check_refused(without_tcp(result), 1, f'rank {stopped}', 'step', f'rank {1 - stopped}', '2')
         poe.check(1.5 < took < 6, f'it took {took:.1f} s')
 
 
