@@ -58,7 +58,7 @@ QUICK = [configuration("quick", 1, 0, stages="1,1", c=64, v=256, batch=1, micro=
 # --- measuring -------------------------------------------------------------------------------------------------------
 
 def run_child(command, cpus, **environment):
-    """The JSON object that a command prints last, with the peak of its resident memory."""
+    """The JSON object that a command prints last, with the peak of its resident memory. OSError: it failed."""
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         child = subprocess.Popen([str(word) for word in command], stdout=out, stderr=err,
                                  env=dict(os.environ, **environment), preexec_fn=lambda: os.sched_setaffinity(0, cpus))
@@ -69,7 +69,7 @@ def run_child(command, cpus, **environment):
         lines = [line for line in out.read().decode().splitlines() if line.startswith("{")]
         if child.returncode or not lines:
             said = err.read().decode()[-2000:].strip()
-            sys.exit(f"{Path(command[0]).name} ended with status {child.returncode}: {said}")
+            raise ChildProcessError(f"{Path(command[0]).name} ended with status {child.returncode}: {said}")
     return dict(json.loads(lines[-1]), process_peak_mib=usage.ru_maxrss / 1024)
 
 
@@ -191,7 +191,8 @@ def goal_table(rows):
         lines.append([row["title"], row["threads"], f"{ours['tok_s']:.0f}", torch.get("tok_s", "-"),
                       ratio(ours["tok_s"], torch.get("tok_s"), row["goal_step"]),
                       f"{ours['model_gflops'] / sgemm(row):.2f} ({row['goal_share']})",
-                      f"{torch['model_gflops'] / sgemm(row):.2f}" if torch else "-", f"{sgemm(row):.0f}", f"{ours['optimizer_ms']:.0f}", torch.get("optimizer_ms", "-")])
+                      f"{torch['model_gflops'] / sgemm(row):.2f}" if torch else "-", f"{sgemm(row):.0f}",
+                      f"{ours['optimizer_ms']:.0f}", f"{torch['optimizer_ms']:.0f}" if torch else "-"])
     return table(["configuration", "threads", "tokens/s", "PyTorch", "whole step (goal)",
                   "forward + backward of sgemm (goal)", "PyTorch", "sgemm GFLOP/s", "optimiser ms", "PyTorch"], lines)
 
@@ -243,34 +244,35 @@ def markdown(result):
     ours = rows[0]["ours"]
     text = [
         "# Speed of a training step\n",
-        f"{here['cpu']}, {here['processors']} processors ({' '.join(here['flags'])}); kernels {ours['kernels']}, OpenBLAS "
-        f"{ours['blas']}; load {result['load']} (start, now; it includes this run).",
-        f"PyTorch: {result['torch']}. Best of {result['rounds']} rounds of {result['reps']} steps each, in turns. sgemm is "
-        "the rate of a 1024^3 product, PyTorch's where it ran.\n", goal_table(rows),
+        f"{here['cpu']}, {here['processors']} processors ({' '.join(here['flags'])}); kernels {ours['kernels']}, "
+        f"OpenBLAS {ours['blas']}; load {result['load']} (start, now; it includes this run).",
+        f"PyTorch: {result['torch']}. Best of {result['rounds']} rounds of {result['reps']} steps each, in turns. "
+        "sgemm is the rate of a 1024^3 product, PyTorch's where it ran.\n", goal_table(rows),
         "## Threads\n", scaling_table(rows),
         "## Optimiser\n",
-        "Muon by the FLOPs of its iteration with symmetric products counted half, AdamW by 28 bytes per parameter; triad "
-        "is y = a + b on arrays of 128 MiB.\n", optimizer_table(rows),
+        "Muon by the FLOPs of its iteration with symmetric products counted half, AdamW by 28 bytes per parameter; "
+        "triad is y = a + b on arrays of 128 MiB.\n", optimizer_table(rows),
         "## Memory\n",
         "Most resident memory of a process, by the kernel's count. Largest rank: a process that trains this one stage "
         "alone, without transport and data (a rank's buffers for those come on top). All stages: bench_step with every "
         "stage, as it was timed. PyTorch: the whole process as it was timed, its compiler included.\n",
         memory_table(rows, result["ranks"]),
         "## Where the time goes\n",
-        "The fastest step. GB/s counts every operand once; of attainable is the time at sgemm's or triad's rate, whichever "
-        "is longer, over the time taken: above 1 the operands came from a cache. Waiting: threads without work, or work "
-        "without a processor.\n"]
+        "The fastest step. GB/s counts every operand once; of attainable is the time at sgemm's or triad's rate, "
+        "whichever is longer, over the time taken: above 1 the operands came from a cache. Waiting: threads without "
+        "work, or work without a processor.\n"]
     for row in rows:
         parts = ", ".join(f"{TITLES.get(name, name)} {ms:.1f}" for name, ms in stack(row).items())
-        text += [f"### {row['title']}, {row['threads']} threads\n", f"A step of {row['ours']['step_ms']:.1f} ms: {parts}; "
-                 f"triad {row['ours']['triad_gbs']:.1f} GB/s.\n", operation_table(row)]
+        text += [f"### {row['title']}, {row['threads']} threads\n",
+                 f"A step of {row['ours']['step_ms']:.1f} ms: {parts}; triad {row['ours']['triad_gbs']:.1f} GB/s.\n",
+                 operation_table(row)]
     return "\n".join(text)
 
 
 # --- picture ---------------------------------------------------------------------------------------------------------
 
 def bars(rows):
-    """(x, [(colour key, bottom, top)], label above): two bars per configuration, percent of PyTorch's step or our own."""
+    """(x, [(colour key, bottom, top)], label above): two per configuration, percent of PyTorch's step or our own."""
     for number, row in enumerate(rows):
         torch, tokens = row["torch"], row["flags"]["batch"] * row["flags"]["micro"] * row["flags"]["sequence-len"]
         full = 1e3 * tokens / torch["tok_s"] if torch else row["ours"]["step_ms"]
@@ -320,21 +322,21 @@ def draw(rows, path):
 
 # --- main ------------------------------------------------------------------------------------------------------------
 
-def torch_version(args):
+def find_torch(args):
     """What PyTorch is, or why it is left out; then args.torch_speed is None."""
-    if not args.torch_speed.is_file():
-        version = f"not measured, there is no file {args.torch_speed}"
+    if args.quick:
+        reason = "by --quick"
+    elif not args.torch_speed.is_file():
+        reason = f"there is no file {args.torch_speed}"
     else:
+        program = "import json, torch; print(json.dumps(dict(version=torch.__version__)))"
         try:
-            probe = subprocess.run([args.python, "-c", "import torch; print(torch.__version__)"], capture_output=True,
-                                   text=True)
-        except OSError as error:
-            sys.exit(f"--python {args.python}: {error.strerror}")
-        if probe.returncode == 0:
-            return f"{probe.stdout.strip()}, compiled"
-        version = f"not measured, {args.python} has no torch"
+            probe = run_child([args.python, "-c", program], args.cpus)
+            return f"{probe['version']}, compiled; importing it takes {probe['process_peak_mib']:.0f} MiB"
+        except OSError:
+            reason = f"{args.python} has no torch"
     args.torch_speed = None
-    return version
+    return f"not measured, {reason}"
 
 
 def save(result, out):
@@ -363,6 +365,8 @@ def parse():
     args.configurations = [c for c in (QUICK if args.quick else CONFIGURATIONS) if args.only in c["title"]]
     if args.quick:
         args.rounds = args.reps = 1
+    if not (args.build / "experiments" / "bench_step").is_file():
+        parser.error(f"there is no {args.build / 'experiments' / 'bench_step'}: run tools/setup, or give --build")
     if not args.configurations:
         parser.error("--only \"%s\" names none of: %s" % (args.only, "; ".join(c["title"] for c in CONFIGURATIONS)))
     args.threads = [n for n in args.threads if n <= len(args.cpus)]
@@ -374,8 +378,7 @@ def parse():
 def main():
     args = parse()
     args.out.mkdir(parents=True, exist_ok=True)
-    torch = torch_version(args) if not args.quick else "not measured, by --quick"
-    args.torch_speed = None if args.quick else args.torch_speed
+    torch = find_torch(args)
     print(f"PyTorch: {torch}", file=sys.stderr)
     start = os.getloadavg()[0]
     result = dict(machine=machine(), torch=torch, rounds=args.rounds, reps=args.reps, rows=[], ranks={})
@@ -393,4 +396,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except OSError as error:
+        sys.exit(f"{error}")
