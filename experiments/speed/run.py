@@ -221,15 +221,17 @@ def optimizer_table(rows):
                   "of triad (goal)"], lines)
 
 
-def memory_table(rows, ranks):
+def memory_table(rows, ranks, torch_import):
+    """`torch_import`: MiB of a process that has only imported torch."""
     lines = []
     for title, stages in ranks.items():
         last = [row for row in rows if row["title"] == title][-1]
         torch = last["torch"]["process_peak_mib"] if last["torch"] else None
         lines.append([title, f"{max(stages):.0f}", f"{last['ours']['peak_mib']:.0f}", f"{torch:.0f}" if torch else "-",
-                      f"{max(stages) / torch:.2f} (0.6)" if torch else "-"])
+                      f"{max(stages) / torch:.2f} (0.6)" if torch else "-",
+                      f"{max(stages) / (torch - torch_import):.2f}" if torch else "-"])
     return table(["configuration", "largest rank MiB", "all stages MiB", "PyTorch MiB",
-                  "largest rank / PyTorch (goal)"], lines)
+                  "largest rank / PyTorch (goal)", "less its import"], lines)
 
 
 def operation_table(row):
@@ -255,8 +257,9 @@ def markdown(result):
         "## Memory\n",
         "Most resident memory of a process, by the kernel's count. Largest rank: a process that trains this one stage "
         "alone, without transport and data (a rank's buffers for those come on top). All stages: bench_step with every "
-        "stage, as it was timed. PyTorch: the whole process as it was timed, its compiler included.\n",
-        memory_table(rows, result["ranks"]),
+        "stage, as it was timed. PyTorch: the whole process as it was timed, its compiler included; the last column "
+        "leaves out what a process takes that only imports torch.\n",
+        memory_table(rows, result["ranks"], result["torch_import_mib"]),
         "## Where the time goes\n",
         "The fastest step. GB/s counts every operand once; of attainable is the time at sgemm's or triad's rate, "
         "whichever is longer, over the time taken: above 1 the operands came from a cache. Waiting: threads without "
@@ -323,7 +326,7 @@ def draw(rows, path):
 # --- main ------------------------------------------------------------------------------------------------------------
 
 def find_torch(args):
-    """What PyTorch is, or why it is left out; then args.torch_speed is None."""
+    """What PyTorch is, and MiB of a process that imports it; or why it is left out: then args.torch_speed is None."""
     if args.quick:
         reason = "by --quick"
     elif not args.torch_speed.is_file():
@@ -332,11 +335,11 @@ def find_torch(args):
         program = "import json, torch; print(json.dumps(dict(version=torch.__version__)))"
         try:
             probe = run_child([args.python, "-c", program], args.cpus)
-            return f"{probe['version']}, compiled; importing it takes {probe['process_peak_mib']:.0f} MiB"
+            return f"{probe['version']}, compiled", probe["process_peak_mib"]
         except OSError:
             reason = f"{args.python} has no torch"
     args.torch_speed = None
-    return f"not measured, {reason}"
+    return f"not measured, {reason}", 0
 
 
 def save(result, out):
@@ -378,10 +381,11 @@ def parse():
 def main():
     args = parse()
     args.out.mkdir(parents=True, exist_ok=True)
-    torch = find_torch(args)
+    torch, torch_import = find_torch(args)
     print(f"PyTorch: {torch}", file=sys.stderr)
     start = os.getloadavg()[0]
-    result = dict(machine=machine(), torch=torch, rounds=args.rounds, reps=args.reps, rows=[], ranks={})
+    result = dict(machine=machine(), torch=torch, torch_import_mib=torch_import, rounds=args.rounds, reps=args.reps,
+                  rows=[], ranks={})
     for config in args.configurations:
         for threads in args.threads:
             row = measure(args, config, threads)
