@@ -10,7 +10,7 @@ the step engine in one process (bench_step) and compiled PyTorch (torch_speed.py
 Python that has torch, or without torch_speed.py, only the engine is measured, and a sentence says so.
 
 Duration on two idle cores: about 40 minutes with PyTorch (its compiler takes a minute per configuration the first
-time), 10 minutes without, 5 seconds with --quick (one tiny configuration, once). On a busy machine the figures mean
+time), 10 minutes without, 5 seconds with --quick (two tiny configurations, once). On a busy machine the figures mean
 nothing: the load is printed with them.
 
 Writes into --out (default runs/speed; files of an earlier run are replaced), after every configuration:
@@ -52,7 +52,11 @@ CONFIGURATIONS = [
     configuration("poe 2,2,2 ps SSSL T1024 GQA 6/2", 1.25, 0.75, head="ps", window_pattern="SSSL", sequence_len=1024,
                   n_kv_head=2),
 ]
-QUICK = [configuration("quick", 1, 0, stages="1,1", c=64, v=256, batch=1, micro=2, sequence_len=64)]
+QUICK = [
+    configuration("quick poe", 1, 0, stages="2,2", c=128, v=250, batch=1, micro=2, sequence_len=64, n_kv_head=1,
+                  head="ps", window_pattern="SSSL"),
+    configuration("quick bp", 1, 0, stages="2", c=64, v=256, batch=1, micro=2, sequence_len=64, objective="bp"),
+]
 
 
 # --- measuring -------------------------------------------------------------------------------------------------------
@@ -361,7 +365,7 @@ def parse():
     add("--reps", type=int, default=3, help="steps per run, after one that warms up (default 3)")
     add("--threads", default="1,2", help="thread counts (default 1,2)")
     add("--only", default="", help="configurations whose name contains this")
-    add("--quick", action="store_true", help="one tiny configuration, once, without PyTorch: does everything work?")
+    add("--quick", action="store_true", help="two tiny configurations, once, without PyTorch: does everything work?")
     args = parser.parse_args()
     args.threads = [int(word) for word in args.threads.split(",")]
     args.cpus = sorted(os.sched_getaffinity(0))
