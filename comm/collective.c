@@ -194,6 +194,7 @@ poe_status poe_comm_agree(poe_comm *comm, poe_status mine)
         return POE_OK;
     }
     poe_log_settle(speaker == poe_comm_rank(comm));
+    poe_comm_barrier(comm, "a sentence on what failed"); /* nobody ends the job before it is said */
     return (poe_status)outcomes[speaker];
 }
 

@@ -40,15 +40,6 @@ static void end_at_once(int status)
     _exit(status);
 }
 
-/* mpiexec is silent about why it ends its ranks, and leaves them no time for more than this. */
-static void say_sudden_end(void)
-{
-    pthread_mutex_lock(&lock);
-    if (n_comms > 0 && poe_comm_rank(comms[0]) == 0)
-        poe_error("ended by mpiexec, which was stopped or has lost another rank; --resume goes on from the last checkpoint");
-    pthread_mutex_unlock(&lock);
-}
-
 /* True when the thread shall go on. */
 static bool take(int signal_number)
 {
@@ -60,12 +51,9 @@ static bool take(int signal_number)
     pthread_mutex_unlock(&lock);
     if (stop)
         return false;
-    bool ended = sudden && signal_number == SIGTERM;
-    if (ended)
-        say_sudden_end();
     if (signal_number == SIGUSR2)
         each_comm(poe_comm_request_report);
-    else if ((again && signal_number != SIGUSR1) || ended)
+    else if ((again && signal_number != SIGUSR1) || (sudden && signal_number == SIGTERM))
         end_at_once(status);
     else
         each_comm(poe_comm_request_stop);

@@ -2,6 +2,7 @@
 #include "pipeline/run.h"
 
 #include <errno.h>
+#include <math.h>
 #include <sched.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -78,11 +79,18 @@ static poe_status agree_on_options(poe_run *r)
     return status;
 }
 
+static bool wants_bf16(const poe_options *o)
+{
+    return strcmp(o->dtype, "bf16") == 0;
+}
+
 static poe_status agree_on_kernels(poe_run *r)
 {
     poe_status status = poe_kernels_parse(r->options->kernels, &r->kernels);
     if (status == POE_OK)
         status = poe_blas_check();
+    if (status == POE_OK && wants_bf16(r->options))
+        status = poe_bf16_check(r->kernels);
     status = poe_comm_agree(r->comm, status);
     int32_t mine = (int32_t)r->kernels, all[POE_MAX_STAGES], least = mine;
     if (status == POE_OK)
@@ -143,12 +151,32 @@ static poe_status check_unused(const poe_run *r)
     return status;
 }
 
+/* Before the training, not after it. In --out, which is checked when it is made, there is room. */
+static poe_status check_export(const poe_run *r)
+{
+    const char *path = r->options->export_path;
+    size_t length = strlen(r->out);
+    char folder[POE_PATH_MAX];
+    struct stat found;
+    if (!path || r->rank != 0 || (strncmp(path, r->out, length) == 0 && path[length] == '/'))
+        return POE_OK;
+    if (stat(path, &found) == 0 && S_ISDIR(found.st_mode)) {
+        poe_error("--export: %s is a directory; give the name of a file", path);
+        return POE_BAD_INPUT;
+    }
+    const char *slash = strrchr(path, '/');
+    poe_status status = poe_path(folder, "%.*s", slash ? (int)(slash - path) + 1 : 1, slash ? path : ".");
+    return status == POE_OK ? poe_check_writable(folder, "--export") : status;
+}
+
 /* Only looks: the folder is made once nothing else can be wrong. */
 static poe_status find_out(poe_run *r)
 {
     poe_status status = choose_out(r);
     if (status == POE_OK)
         status = check_unused(r);
+    if (status == POE_OK)
+        status = check_export(r);
     return poe_comm_agree(r->comm, status);
 }
 
@@ -200,17 +228,30 @@ static bool trains(const poe_run *r)
     return r->purpose == POE_PURPOSE_TRAIN;
 }
 
-static poe_stage_settings stage_settings(const poe_options *o, int stage, bool training)
+static poe_stage_settings stage_settings(const poe_options *o, int stage, bool training, poe_recompute recompute)
 {
-    return (poe_stage_settings){.stage = stage, .rows = (size_t)o->device_batch_size, .training = training};
+    return (poe_stage_settings){
+        .stage = stage, .rows = (size_t)o->device_batch_size, .training = training, .recompute = recompute};
+}
+
+/* Every rank's memory, before any of it is allocated. */
+static poe_status agree_on_memory(poe_run *r)
+{
+    poe_run_memory mine;
+    poe_status status = poe_run_size(r->options, &r->model, r->rank, r->threads, &mine);
+    if (status == POE_OK)
+        status = poe_run_check_memory(r->options, r->rank, &mine);
+    status = poe_comm_agree(r->comm, status);
+    return status == POE_OK ? poe_comm_gather(r->comm, &mine, r->memory, sizeof(mine)) : status;
 }
 
 static poe_status create_stage(poe_run *r)
 {
-    poe_stage_settings settings = stage_settings(r->options, r->rank, trains(r));
+    poe_stage_settings settings =
+        stage_settings(r->options, r->rank, trains(r), r->memory[r->rank].recompute);
     poe_backend_limits limits;
     poe_stage_limits(&r->model, &settings, &limits);
-    r->threads = poe_run_threads(r->options, poe_comm_host_ranks(r->comm));
+    limits.bf16 = wants_bf16(r->options);
     poe_status status = poe_cpu_create(r->kernels, r->threads, &limits, &r->backend);
     return status == POE_OK ? poe_stage_create(&r->model, &settings, r->backend, &r->stage) : status;
 }
@@ -221,9 +262,11 @@ static poe_status open_model(poe_run *r)
     poe_settings_optimizer(r->options, &r->optimizer);
     if (status == POE_OK && r->resumed[0])
         status = poe_checkpoint_load_layers(r->resumed, r->facts, r->rank, &r->model);
-    if (status == POE_OK)
-        status = create_stage(r);
-    return poe_comm_agree(r->comm, status);
+    r->threads = poe_run_threads(r->options, poe_comm_host_ranks(r->comm));
+    status = poe_comm_agree(r->comm, status);
+    if (status == POE_OK && trains(r))
+        status = agree_on_memory(r);
+    return status == POE_OK ? poe_comm_agree(r->comm, create_stage(r)) : status;
 }
 
 /* How many vectors of shared gradients wait in the checkpoint. */
@@ -347,9 +390,10 @@ void poe_run_close(poe_run *r)
 
 /* --- sizes ------------------------------------------------------------------------------------------------------------------ */
 
-poe_status poe_run_size(const poe_options *o, const poe_model *model, int stage, int threads, poe_run_memory *memory)
+static poe_status size_with(const poe_options *o, const poe_model *model, int stage, int threads,
+                            poe_recompute recompute, poe_run_memory *memory)
 {
-    poe_stage_settings settings = stage_settings(o, stage, true);
+    poe_stage_settings settings = stage_settings(o, stage, true, recompute);
     poe_stage_memory parts;
     poe_status status = poe_stage_size(model, &settings, &parts);
     if (status != POE_OK)
@@ -361,6 +405,7 @@ poe_status poe_run_size(const poe_options *o, const poe_model *model, int stage,
     poe_shared_settings shared = shared_settings(o, NULL, o->stages.count, 0);
     poe_backend_limits limits;
     poe_stage_limits(model, &settings, &limits);
+    limits.bf16 = wants_bf16(o);
     poe_edges edges;
     poe_edges_chain(&edges, model->config.n_stages);
     *memory = (poe_run_memory){
@@ -372,6 +417,7 @@ poe_status poe_run_size(const poe_options *o, const poe_model *model, int stage,
         .messages = poe_streams_memory(&edges, stage, (size_t)o->device_batch_size, (size_t)o->sequence_len,
                                        (size_t)o->n_embd),
         .scratch = poe_cpu_scratch_bytes(&limits, threads),
+        .recompute = recompute,
     };
     poe_tensor_table_free(&table);
     return POE_OK;
@@ -380,4 +426,32 @@ poe_status poe_run_size(const poe_options *o, const poe_model *model, int stage,
 uint64_t poe_run_memory_total(const poe_run_memory *m)
 {
     return m->parameters + m->gradients + m->optimizer + m->activations + m->pending + m->messages + m->scratch;
+}
+
+static bool fits(const poe_options *o, const poe_run_memory *memory)
+{
+    return !o->memory_limit || poe_run_memory_total(memory) <= (uint64_t)o->memory_limit;
+}
+
+poe_status poe_run_size(const poe_options *o, const poe_model *model, int stage, int threads, poe_run_memory *memory)
+{
+    bool chosen = strcmp(o->recompute, "auto") != 0;
+    for (poe_recompute recompute = 0; recompute < POE_RECOMPUTE_COUNT; recompute++) {
+        if (chosen && strcmp(o->recompute, poe_recompute_name(recompute)) != 0)
+            continue;
+        poe_status status = size_with(o, model, stage, threads, recompute, memory);
+        if (status != POE_OK || fits(o, memory))
+            return status;
+    }
+    return POE_OK;
+}
+
+poe_status poe_run_check_memory(const poe_options *o, int stage, const poe_run_memory *memory)
+{
+    if (fits(o, memory))
+        return POE_OK;
+    poe_error("--memory-limit: stage %d needs %.0f MiB with --recompute %s, allowed are %.8g MiB", stage,
+              ceil((double)poe_run_memory_total(memory) / 0x1p20), poe_recompute_name(memory->recompute),
+              (double)o->memory_limit / 0x1p20);
+    return POE_BAD_INPUT;
 }

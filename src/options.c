@@ -260,7 +260,7 @@ static poe_status read_resumed(sources *from, const char *what, const char *out)
     char manifest[POE_PATH_MAX];
     status = poe_path(manifest, "%s/manifest.json", what);
     if (status == POE_OK && access(manifest, F_OK) != 0) {
-        poe_error("--resume: %s is neither a run folder (with config.json) nor a checkpoint (with manifest.json)",
+        poe_error("%s is neither a run folder (with config.json) nor a checkpoint (with manifest.json)",
                   what);
         return POE_BAD_INPUT;
     }

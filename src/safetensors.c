@@ -13,6 +13,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "src/bf16.h"
 #include "src/files.h"
 #include "src/log.h"
 #include "src/pieces.h"
@@ -384,23 +385,13 @@ poe_status poe_safetensors_writer_create(const char *path, const poe_safetensor 
     return POE_OK;
 }
 
-/* Round to nearest even; a NaN stays one. */
-static uint16_t to_bf16(float value)
-{
-    uint32_t bits;
-    memcpy(&bits, &value, 4);
-    if ((bits & 0x7fffffff) > 0x7f800000)
-        return (uint16_t)(bits >> 16 | 0x40);
-    return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-
 static poe_status put_bf16(poe_safetensors_writer *writer, uint64_t offset, size_t n, const float *values)
 {
     poe_status status = POE_OK;
     for (size_t done = 0; done < n && !status;) {
         size_t m = n - done < sizeof(writer->half) / 2 ? n - done : sizeof(writer->half) / 2;
         for (size_t i = 0; i < m; i++) {
-            uint16_t half = to_bf16(values[done + i]);
+            uint32_t half = poe_bf16_bits(values[done + i]);
             writer->half[2 * i] = (unsigned char)half;
             writer->half[2 * i + 1] = (unsigned char)(half >> 8);
         }

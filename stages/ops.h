@@ -150,6 +150,7 @@ typedef struct poe_backend_limits {
     size_t rows;        /* b*t */
     size_t t, c, head_size, n_head, n_kv_head, mlp_dim, vocab_padded;
     bool training; /* false: no gradients, no optimiser */
+    bool bf16;     /* the operands of all matrix products are rounded to bf16; sums and everything else stay fp32 */
 } poe_backend_limits;
 
 #endif

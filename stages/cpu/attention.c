@@ -10,6 +10,7 @@
 enum { BLOCK_ROWS = 64 };
 
 typedef struct attention {
+    poe_cpu *cpu;
     const poe_attention_shape *shape;
     const poe_vector *vector;
     float *y, *lse, *dq, *dk, *dv; /* forward has the first two, backward the others */
@@ -22,7 +23,8 @@ typedef struct attention {
 
 static attention attention_init(poe_cpu *cpu, const poe_attention_shape *shape)
 {
-    return (attention){.shape = shape,
+    return (attention){.cpu = cpu,
+                       .shape = shape,
                        .vector = cpu->vector,
                        .ld = shape->n_head * shape->head_size,
                        .kv_ld = shape->n_kv_head * shape->head_size,
@@ -55,30 +57,30 @@ static poe_score_block score_block(const poe_attention_shape *shape, size_t inde
 }
 
 /* s (rows, cols) = scale * x y^T: x (rows, hs) at query positions, y (cols, hs) at key positions. */
-static void scores(const attention *a, float *s, float scale, const float *x, const float *y,
+static void scores(const attention *a, int thread, float *s, float scale, const float *x, const float *y,
                    const poe_score_block *block)
 {
     poe_product p = {false,    true, block->rows, block->cols, a->shape->head_size, scale, x, a->ld, y,
                      a->kv_ld, 0.0f, s,           block->ld};
-    poe_product_tile(&p, 0, p.m, 0, p.n);
+    poe_product_tile(a->cpu, thread, &p, 0, p.m, 0, p.n);
 }
 
 /* out (rows, hs) = scale * s x, x (cols, hs) at key positions. */
-static void gather(const attention *a, float *out, float scale, const float *s, const float *x,
+static void gather(const attention *a, int thread, float *out, float scale, const float *s, const float *x,
                    const poe_score_block *block)
 {
     poe_product p = {false, false, block->rows, a->shape->head_size, block->cols, scale, s, block->ld, x, a->kv_ld,
                      0.0f,  out,   a->ld};
-    poe_product_tile(&p, 0, p.m, 0, p.n);
+    poe_product_tile(a->cpu, thread, &p, 0, p.m, 0, p.n);
 }
 
 /* out (cols, hs) at key positions += scale * s^T x, x (rows, hs) at query positions. */
-static void scatter(const attention *a, float *out, float scale, const float *s, const float *x,
+static void scatter(const attention *a, int thread, float *out, float scale, const float *s, const float *x,
                     const poe_score_block *block)
 {
     poe_product p = {true, false, block->cols, a->shape->head_size, block->rows, scale, s, block->ld, x, a->ld,
                      1.0f, out,   a->kv_ld};
-    poe_product_tile(&p, 0, p.m, 0, p.n);
+    poe_product_tile(a->cpu, thread, &p, 0, p.m, 0, p.n);
 }
 
 static float score_scale(const poe_attention_shape *shape)
@@ -98,9 +100,9 @@ static void forward_task(void *arg, size_t task, int thread)
     size_t key = (b * shape->t + block.first_key) * a->kv_ld + kv_head * shape->head_size;
     float *inverse = a->scratch + (size_t)thread * a->thread_scratch, *s = inverse + BLOCK_ROWS;
 
-    scores(a, s, score_scale(shape), a->q + query, a->k + key, &block);
+    scores(a, thread, s, score_scale(shape), a->q + query, a->k + key, &block);
     a->vector->softmax(s, inverse, a->lse + head * shape->t + block.first_query, &block);
-    gather(a, a->y + query, 1.0f, s, a->v + key, &block);
+    gather(a, thread, a->y + query, 1.0f, s, a->v + key, &block);
     a->vector->scale_rows(a->y + query, a->ld, inverse, block.rows, shape->head_size);
 }
 
@@ -115,7 +117,7 @@ static void attention_forward(poe_backend *be, float *y, float *lse, const float
 }
 
 /* One block of query head h: ds = p * (dp - delta), dp = dy v^T, delta = dy . y. */
-static void backward_block(const attention *a, size_t b, size_t h, size_t index, float *scratch)
+static void backward_block(const attention *a, size_t b, size_t h, size_t index, int thread)
 {
     const poe_attention_shape *shape = a->shape;
     poe_score_block block = score_block(shape, index);
@@ -123,16 +125,17 @@ static void backward_block(const attention *a, size_t b, size_t h, size_t index,
     size_t query = (b * shape->t + block.first_query) * a->ld + h * shape->head_size;
     size_t key = (b * shape->t + block.first_key) * a->kv_ld + kv_head * shape->head_size;
     const float *lse = a->saved_lse + (b * shape->n_head + h) * shape->t + block.first_query;
-    float *delta = scratch, *p = delta + BLOCK_ROWS, *ds = p + BLOCK_ROWS * block.ld;
+    float *delta = a->scratch + (size_t)thread * a->thread_scratch, *p = delta + BLOCK_ROWS;
+    float *ds = p + BLOCK_ROWS * block.ld;
     float scale = score_scale(shape);
 
     a->vector->row_dots(delta, a->dy + query, a->ld, a->saved_y + query, a->ld, block.rows, shape->head_size);
-    scores(a, p, scale, a->q + query, a->k + key, &block);
-    scores(a, ds, 1.0f, a->dy + query, a->v + key, &block);
+    scores(a, thread, p, scale, a->q + query, a->k + key, &block);
+    scores(a, thread, ds, 1.0f, a->dy + query, a->v + key, &block);
     a->vector->softmax_backward(p, ds, lse, delta, &block);
-    gather(a, a->dq + query, scale, ds, a->k + key, &block);
-    scatter(a, a->dk + key, scale, ds, a->q + query, &block);
-    scatter(a, a->dv + key, 1.0f, p, a->dy + query, &block);
+    gather(a, thread, a->dq + query, scale, ds, a->k + key, &block);
+    scatter(a, thread, a->dk + key, scale, ds, a->q + query, &block);
+    scatter(a, thread, a->dv + key, 1.0f, p, a->dy + query, &block);
 }
 
 static void backward_task(void *arg, size_t task, int thread)
@@ -148,7 +151,7 @@ static void backward_task(void *arg, size_t task, int thread)
     }
     for (size_t h = kv_head * group; h < (kv_head + 1) * group; h++)
         for (size_t index = 0; index < a->blocks; index++)
-            backward_block(a, b, h, index, a->scratch + (size_t)thread * a->thread_scratch);
+            backward_block(a, b, h, index, thread);
 }
 
 static void attention_backward(poe_backend *be, float *dq, float *dk, float *dv, const float *dy, const float *y,

@@ -102,7 +102,9 @@ size_t poe_cpu_scratch_bytes(const poe_backend_limits *limits, int n_threads)
     size_t bytes = poe_cpu_rows_scratch(limits);
     bytes = poe_larger(bytes, poe_cpu_attention_scratch(limits, n_threads));
     bytes = poe_larger(bytes, poe_cpu_head_scratch(limits));
-    return limits->training ? poe_larger(bytes, poe_cpu_optimizer_scratch(limits)) : bytes;
+    if (limits->training)
+        bytes = poe_larger(bytes, poe_cpu_optimizer_scratch(limits));
+    return bytes + poe_cpu_products_scratch(limits, n_threads);
 }
 
 poe_status poe_cpu_create(poe_kernels kernels, int n_threads, const poe_backend_limits *limits, poe_backend **backend)
@@ -123,6 +125,8 @@ poe_status poe_cpu_create(poe_kernels kernels, int n_threads, const poe_backend_
     poe_cpu_attention_ops(&cpu->ops);
     poe_cpu_head_ops(&cpu->ops);
     poe_cpu_optimizer_ops(&cpu->ops);
+    cpu->block = limits->bf16 ? poe_block_choose(kernels) : NULL;
+    cpu->block_bytes = poe_cpu_products_scratch(limits, n_threads);
     poe_status status = poe_arena_create(&cpu->scratch, "scratch", poe_cpu_scratch_bytes(limits, n_threads));
     if (status == POE_OK)
         status = poe_team_create(n_threads, &cpu->team);
@@ -130,6 +134,7 @@ poe_status poe_cpu_create(poe_kernels kernels, int n_threads, const poe_backend_
         poe_cpu_destroy(&cpu->base);
         return status;
     }
+    cpu->block_scratch = poe_arena_take(&cpu->scratch, cpu->block_bytes);
     *backend = &cpu->base;
     return POE_OK;
 }

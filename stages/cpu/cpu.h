@@ -23,6 +23,11 @@ void poe_blas_ensure(poe_kernels kernels, char **argv);
 const char *poe_blas_kernels(void);
 poe_status poe_blas_check(void);
 
+/* How products of bf16 operands are computed, for the start-up table: on AMX tiles, or why not. */
+const char *poe_bf16_engine(poe_kernels kernels);
+/* A known-answer product of that kind: POE_FAILED (said) when it is wrong. */
+poe_status poe_bf16_check(poe_kernels kernels);
+
 /* Bytes of scratch that poe_cpu_create() will allocate. */
 size_t poe_cpu_scratch_bytes(const poe_backend_limits *limits, int n_threads);
 

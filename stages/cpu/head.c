@@ -11,6 +11,7 @@ enum {
 };
 
 typedef struct head {
+    poe_cpu *cpu;
     const poe_vector *vector;
     float *du, *dw; // NULL: the loss only
     const float *u, *w;
@@ -40,11 +41,10 @@ static poe_logit_tile logit_tile(const head *a, size_t tile)
 static void logits_task(void *arg, size_t task, int thread)
 {
     const head *a = arg;
-    (void)thread;
     poe_logit_tile tile = logit_tile(a, task);
     poe_product p = {false, true, a->rows, a->v, a->c, 1.0f, a->u + a->first * a->c,
                      a->c,  a->w, a->c,    0.0f, a->z, a->ld};
-    poe_product_tile(&p, 0, tile.rows, tile.first_token, tile.cols);
+    poe_product_tile(a->cpu, thread, &p, 0, tile.rows, tile.first_token, tile.cols);
     a->vector->capped_exp(a->z + tile.first_token, a->sums + task * CHUNK_ROWS, &tile);
 }
 
@@ -68,12 +68,11 @@ static double chunk_loss(const head *a, float weight)
 static void gradient_task(void *arg, size_t task, int thread)
 {
     const head *a = arg;
-    (void)thread;
     poe_logit_tile tile = logit_tile(a, task);
     a->vector->capped_exp_backward(a->z + tile.first_token, a->inverse, a->factor, a->targets + a->first, &tile);
     poe_product p = {true, false, a->v,  a->c, a->rows, 1.0f, a->z, a->ld, a->u + a->first * a->c,
                      a->c, 1.0f,  a->dw, a->c};
-    poe_product_tile(&p, tile.first_token, tile.cols, 0, a->c);
+    poe_product_tile(a->cpu, thread, &p, tile.first_token, tile.cols, 0, a->c);
 }
 
 static size_t count_targets(const int32_t *targets, size_t n)
@@ -90,7 +89,8 @@ static void head_loss(poe_backend *be, double *loss, float *du, float *dw, const
     (void)vp; /* the rows beyond v take no part */
     poe_cpu *cpu = poe_cpu_of(be);
     size_t count = poe_larger(count_targets(targets, n), 1), columns = poe_tile_side(v, TILE_COLUMNS);
-    head a = {.vector = cpu->vector,
+    head a = {.cpu = cpu,
+              .vector = cpu->vector,
               .du = du,
               .dw = dw,
               .u = u,

@@ -7,6 +7,7 @@
 #include "src/arena.h"
 #include "src/team.h"
 #include "stages/cpu/cpu.h"
+#include "stages/cpu/product.h"
 #include "stages/cpu/vector.h"
 #include "stages/ops.h"
 
@@ -16,6 +17,9 @@ typedef struct poe_cpu {
     const poe_vector *vector;
     poe_team *team;
     poe_arena scratch;
+    poe_block_product *block; // NULL: products in fp32
+    char *block_scratch;      /* POE_BLOCK_SCRATCH bytes for each thread, ahead of what operations take */
+    size_t block_bytes;       /* of all threads */
 } poe_cpu;
 
 /* How work is cut: part of the results' definition, for partial sums are kept per span. */
@@ -54,7 +58,7 @@ static inline poe_cpu *poe_cpu_of(poe_backend *be)
 
 static inline void poe_cpu_scratch_reset(poe_cpu *cpu)
 {
-    cpu->scratch.used = 0;
+    cpu->scratch.used = cpu->block_bytes;
 }
 
 static inline float *poe_cpu_scratch_floats(poe_cpu *cpu, size_t n)
@@ -65,26 +69,16 @@ static inline float *poe_cpu_scratch_floats(poe_cpu *cpu, size_t n)
 /* Deals spans of `span` of `n` things to the team. */
 void poe_cpu_spans(poe_cpu *cpu, poe_span_kernel *kernel, const void *args, size_t n, size_t span);
 
-/* C (m,n) = alpha op(A) op(B) + beta C; op(A) is (m,k), op(B) (k,n); all row-major, ld... floats from row to row. */
-typedef struct poe_product {
-    bool transpose_a, transpose_b;
-    size_t m, n, k;
-    float alpha;
-    const float *a;
-    size_t lda;
-    const float *b;
-    size_t ldb;
-    float beta;
-    float *c;
-    size_t ldc;
-} poe_product;
-
-/* The rows and columns first.. of C, `rows` by `columns`, by the calling thread. */
-void poe_product_tile(const poe_product *p, size_t first_row, size_t rows, size_t first_column, size_t columns);
+/* The rows and columns first.. of C, `rows` by `columns`, by this thread of the team. */
+void poe_product_tile(poe_cpu *cpu, int thread, const poe_product *p, size_t first_row, size_t rows,
+                      size_t first_column, size_t columns);
 /* All of C, in tiles by the team. */
 void poe_cpu_product(poe_cpu *cpu, const poe_product *p);
 /* The side of equal tiles that cut n into parts of at most `most`, a multiple of 16. */
 size_t poe_tile_side(size_t n, size_t most);
+
+/* The faster engine for bf16 that these kernels allow on this processor. */
+poe_block_product *poe_block_choose(poe_kernels kernels);
 
 /* Each fills its operations into the table. */
 void poe_cpu_rows_ops(poe_ops *ops);
@@ -93,7 +87,8 @@ void poe_cpu_attention_ops(poe_ops *ops);
 void poe_cpu_head_ops(poe_ops *ops);
 void poe_cpu_optimizer_ops(poe_ops *ops);
 
-/* Bytes of scratch that each one's operations take at most. */
+/* Bytes of scratch that each one's operations take at most; products come on top of others. */
+size_t poe_cpu_products_scratch(const poe_backend_limits *limits, int n_threads);
 size_t poe_cpu_rows_scratch(const poe_backend_limits *limits);
 size_t poe_cpu_attention_scratch(const poe_backend_limits *limits, int n_threads);
 size_t poe_cpu_head_scratch(const poe_backend_limits *limits);

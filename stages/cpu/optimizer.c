@@ -83,6 +83,7 @@ static void nesterov(muon_work *work, float *m, const float *g, float mu)
 /* A symmetric product C (n,n), of which only the blocks on and below the diagonal are computed; afterwards
  * C += beta * add + diagonal * 1. */
 typedef struct symmetric {
+    poe_cpu *cpu;
     poe_product product;
     size_t side;      /* of a block */
     const float *add; // may be NULL
@@ -92,14 +93,13 @@ typedef struct symmetric {
 static void symmetric_task(void *arg, size_t task, int thread)
 {
     const symmetric *s = arg;
-    (void)thread;
     size_t block_row = 0, n = s->product.n;
     while (task > block_row)
         task -= ++block_row;
     size_t row = block_row * s->side, column = task * s->side;
     size_t rows = poe_smaller(s->side, n - row), columns = poe_smaller(s->side, n - column);
     float *c = s->product.c;
-    poe_product_tile(&s->product, row, rows, column, columns);
+    poe_product_tile(s->cpu, thread, &s->product, row, rows, column, columns);
     for (size_t i = row; i < row + rows; i++) {
         for (size_t j = column; s->add && j < column + columns; j++)
             c[i * n + j] += s->beta * s->add[i * n + j];
@@ -112,6 +112,7 @@ static void symmetric_task(void *arg, size_t task, int thread)
 
 static void symmetric_product(poe_cpu *cpu, symmetric *s)
 {
+    s->cpu = cpu;
     s->side = poe_tile_side(s->product.n, GRAM_BLOCK);
     size_t blocks = poe_parts(s->product.n, s->side);
     poe_team_run(cpu->team, blocks * (blocks + 1) / 2, symmetric_task, s);

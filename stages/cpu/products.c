@@ -8,13 +8,47 @@
  * threads share even a small product. */
 enum { LARGEST_SIDE = 512, SMALLEST_SIDE = 128, ENOUGH_TILES = 8 };
 
-void poe_product_tile(const poe_product *p, size_t first_row, size_t rows, size_t first_column, size_t columns)
+size_t poe_cpu_products_scratch(const poe_backend_limits *limits, int n_threads)
 {
-    const float *a = p->a + (p->transpose_a ? first_row : first_row * p->lda);
-    const float *b = p->b + (p->transpose_b ? first_column * p->ldb : first_column);
-    cblas_sgemm(CblasRowMajor, p->transpose_a ? CblasTrans : CblasNoTrans, p->transpose_b ? CblasTrans : CblasNoTrans,
-                (blasint)rows, (blasint)columns, (blasint)p->k, p->alpha, a, (blasint)p->lda, b, (blasint)p->ldb,
-                p->beta, p->c + first_row * p->ldc + first_column, (blasint)p->ldc);
+    return limits->bf16 ? (size_t)n_threads * POE_BLOCK_SCRATCH : 0;
+}
+
+/* The rows, columns and terms of a product from `row`, `column` and `term` on, as many as `side` and its end allow. */
+static poe_product block_of(const poe_product *p, size_t row, size_t column, size_t term, size_t side)
+{
+    poe_product block = *p;
+    block.m = poe_smaller(side, p->m - row);
+    block.n = poe_smaller(side, p->n - column);
+    block.k = poe_smaller(side, p->k - term);
+    block.a += p->transpose_a ? term * p->lda + row : row * p->lda + term;
+    block.b += p->transpose_b ? column * p->ldb + term : term * p->ldb + column;
+    block.c += row * p->ldc + column;
+    return block;
+}
+
+static void by_blocks(const poe_product *p, poe_block_product *product, void *scratch)
+{
+    for (size_t row = 0; row < p->m; row += POE_BLOCK_SIDE)
+        for (size_t column = 0; column < p->n; column += POE_BLOCK_SIDE)
+            for (size_t term = 0; term < p->k; term += POE_BLOCK_SIDE) {
+                poe_product block = block_of(p, row, column, term, POE_BLOCK_SIDE);
+                block.beta = term ? 1.0f : p->beta;
+                product(&block, scratch);
+            }
+}
+
+void poe_product_tile(poe_cpu *cpu, int thread, const poe_product *p, size_t first_row, size_t rows,
+                      size_t first_column, size_t columns)
+{
+    poe_product tile = block_of(p, first_row, first_column, 0, SIZE_MAX);
+    tile.m = rows;
+    tile.n = columns;
+    if (cpu->block)
+        by_blocks(&tile, cpu->block, cpu->block_scratch + (size_t)thread * POE_BLOCK_SCRATCH);
+    else
+        cblas_sgemm(CblasRowMajor, p->transpose_a ? CblasTrans : CblasNoTrans,
+                    p->transpose_b ? CblasTrans : CblasNoTrans, (blasint)rows, (blasint)columns, (blasint)p->k,
+                    p->alpha, tile.a, (blasint)p->lda, tile.b, (blasint)p->ldb, p->beta, tile.c, (blasint)p->ldc);
 }
 
 size_t poe_tile_side(size_t n, size_t most)
@@ -24,6 +58,7 @@ size_t poe_tile_side(size_t n, size_t most)
 }
 
 typedef struct tiled {
+    poe_cpu *cpu;
     const poe_product *product;
     size_t rows, columns; /* of a tile */
     size_t across;        /* tiles side by side */
@@ -32,9 +67,8 @@ typedef struct tiled {
 static void tile_task(void *arg, size_t task, int thread)
 {
     const tiled *t = arg;
-    (void)thread;
     size_t row = task / t->across * t->rows, column = task % t->across * t->columns;
-    poe_product_tile(t->product, row, poe_smaller(t->rows, t->product->m - row), column,
+    poe_product_tile(t->cpu, thread, t->product, row, poe_smaller(t->rows, t->product->m - row), column,
                      poe_smaller(t->columns, t->product->n - column));
 }
 
@@ -48,7 +82,7 @@ static size_t cut(tiled *t, size_t most_rows, size_t most_columns)
 
 void poe_cpu_product(poe_cpu *cpu, const poe_product *p)
 {
-    tiled t = {.product = p};
+    tiled t = {.cpu = cpu, .product = p};
     size_t tiles = cut(&t, LARGEST_SIDE, LARGEST_SIDE);
     while (tiles < ENOUGH_TILES && poe_larger(t.rows, t.columns) >= 2 * SMALLEST_SIDE)
         tiles = t.rows > t.columns ? cut(&t, t.rows / 2, t.columns) : cut(&t, t.rows, t.columns / 2);
