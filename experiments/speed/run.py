@@ -10,7 +10,7 @@ the step engine in one process (bench_step) and compiled PyTorch (torch_speed.py
 Python that has torch, or without torch_speed.py, only the engine is measured, and a sentence says so.
 
 Duration on two idle cores: about 40 minutes with PyTorch (its compiler takes a minute per configuration the first
-time), 10 minutes without, 5 seconds with --quick (one tiny configuration, once). On a busy machine the figures mean
+time), 10 minutes without, 5 seconds with --quick (two tiny configurations, once). On a busy machine the figures mean
 nothing: the load is printed with them.
 
 Writes into --out (default runs/speed; files of an earlier run are replaced), after every configuration:
@@ -52,13 +52,17 @@ CONFIGURATIONS = [
     configuration("poe 2,2,2 ps SSSL T1024 GQA 6/2", 1.25, 0.75, head="ps", window_pattern="SSSL", sequence_len=1024,
                   n_kv_head=2),
 ]
-QUICK = [configuration("quick", 1, 0, stages="1,1", c=64, v=256, batch=1, micro=2, sequence_len=64)]
+QUICK = [
+    configuration("quick poe", 1, 0, stages="2,2", c=128, v=250, batch=1, micro=2, sequence_len=64, n_kv_head=1,
+                  head="ps", window_pattern="SSSL"),
+    configuration("quick bp", 1, 0, stages="2", c=64, v=256, batch=1, micro=2, sequence_len=64, objective="bp"),
+]
 
 
 # --- measuring -------------------------------------------------------------------------------------------------------
 
 def run_child(command, cpus, **environment):
-    """The JSON object that a command prints last, with the peak of its resident memory."""
+    """The JSON object that a command prints last, with the peak of its resident memory. OSError: it failed."""
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         child = subprocess.Popen([str(word) for word in command], stdout=out, stderr=err,
                                  env=dict(os.environ, **environment), preexec_fn=lambda: os.sched_setaffinity(0, cpus))
@@ -69,7 +73,7 @@ def run_child(command, cpus, **environment):
         lines = [line for line in out.read().decode().splitlines() if line.startswith("{")]
         if child.returncode or not lines:
             said = err.read().decode()[-2000:].strip()
-            sys.exit(f"{Path(command[0]).name} ended with status {child.returncode}: {said}")
+            raise ChildProcessError(f"{Path(command[0]).name} ended with status {child.returncode}: {said}")
     return dict(json.loads(lines[-1]), process_peak_mib=usage.ru_maxrss / 1024)
 
 
@@ -191,7 +195,8 @@ def goal_table(rows):
         lines.append([row["title"], row["threads"], f"{ours['tok_s']:.0f}", torch.get("tok_s", "-"),
                       ratio(ours["tok_s"], torch.get("tok_s"), row["goal_step"]),
                       f"{ours['model_gflops'] / sgemm(row):.2f} ({row['goal_share']})",
-                      f"{torch['model_gflops'] / sgemm(row):.2f}" if torch else "-", f"{sgemm(row):.0f}", f"{ours['optimizer_ms']:.0f}", torch.get("optimizer_ms", "-")])
+                      f"{torch['model_gflops'] / sgemm(row):.2f}" if torch else "-", f"{sgemm(row):.0f}",
+                      f"{ours['optimizer_ms']:.0f}", f"{torch['optimizer_ms']:.0f}" if torch else "-"])
     return table(["configuration", "threads", "tokens/s", "PyTorch", "whole step (goal)",
                   "forward + backward of sgemm (goal)", "PyTorch", "sgemm GFLOP/s", "optimiser ms", "PyTorch"], lines)
 
@@ -220,15 +225,17 @@ def optimizer_table(rows):
                   "of triad (goal)"], lines)
 
 
-def memory_table(rows, ranks):
+def memory_table(rows, ranks, torch_import):
+    """`torch_import`: MiB of a process that has only imported torch."""
     lines = []
     for title, stages in ranks.items():
         last = [row for row in rows if row["title"] == title][-1]
         torch = last["torch"]["process_peak_mib"] if last["torch"] else None
         lines.append([title, f"{max(stages):.0f}", f"{last['ours']['peak_mib']:.0f}", f"{torch:.0f}" if torch else "-",
-                      f"{max(stages) / torch:.2f} (0.6)" if torch else "-"])
+                      f"{max(stages) / torch:.2f} (0.6)" if torch else "-",
+                      f"{max(stages) / (torch - torch_import):.2f}" if torch else "-"])
     return table(["configuration", "largest rank MiB", "all stages MiB", "PyTorch MiB",
-                  "largest rank / PyTorch (goal)"], lines)
+                  "largest rank / PyTorch (goal)", "less its import"], lines)
 
 
 def operation_table(row):
@@ -243,34 +250,36 @@ def markdown(result):
     ours = rows[0]["ours"]
     text = [
         "# Speed of a training step\n",
-        f"{here['cpu']}, {here['processors']} processors ({' '.join(here['flags'])}); kernels {ours['kernels']}, OpenBLAS "
-        f"{ours['blas']}; load {result['load']} (start, now; it includes this run).",
-        f"PyTorch: {result['torch']}. Best of {result['rounds']} rounds of {result['reps']} steps each, in turns. sgemm is "
-        "the rate of a 1024^3 product, PyTorch's where it ran.\n", goal_table(rows),
+        f"{here['cpu']}, {here['processors']} processors ({' '.join(here['flags'])}); kernels {ours['kernels']}, "
+        f"OpenBLAS {ours['blas']}; load {result['load']} (start, now; it includes this run).",
+        f"PyTorch: {result['torch']}. Best of {result['rounds']} rounds of {result['reps']} steps each, in turns. "
+        "sgemm is the rate of a 1024^3 product, PyTorch's where it ran.\n", goal_table(rows),
         "## Threads\n", scaling_table(rows),
         "## Optimiser\n",
-        "Muon by the FLOPs of its iteration with symmetric products counted half, AdamW by 28 bytes per parameter; triad "
-        "is y = a + b on arrays of 128 MiB.\n", optimizer_table(rows),
+        "Muon by the FLOPs of its iteration with symmetric products counted half, AdamW by 28 bytes per parameter; "
+        "triad is y = a + b on arrays of 128 MiB.\n", optimizer_table(rows),
         "## Memory\n",
         "Most resident memory of a process, by the kernel's count. Largest rank: a process that trains this one stage "
         "alone, without transport and data (a rank's buffers for those come on top). All stages: bench_step with every "
-        "stage, as it was timed. PyTorch: the whole process as it was timed, its compiler included.\n",
-        memory_table(rows, result["ranks"]),
+        "stage, as it was timed. PyTorch: the whole process as it was timed, its compiler included; the last column "
+        "leaves out what a process takes that only imports torch.\n",
+        memory_table(rows, result["ranks"], result["torch_import_mib"]),
         "## Where the time goes\n",
-        "The fastest step. GB/s counts every operand once; of attainable is the time at sgemm's or triad's rate, whichever "
-        "is longer, over the time taken: above 1 the operands came from a cache. Waiting: threads without work, or work "
-        "without a processor.\n"]
+        "The fastest step. GB/s counts every operand once; of attainable is the time at sgemm's or triad's rate, "
+        "whichever is longer, over the time taken: above 1 the operands came from a cache. Waiting: threads without "
+        "work, or work without a processor.\n"]
     for row in rows:
         parts = ", ".join(f"{TITLES.get(name, name)} {ms:.1f}" for name, ms in stack(row).items())
-        text += [f"### {row['title']}, {row['threads']} threads\n", f"A step of {row['ours']['step_ms']:.1f} ms: {parts}; "
-                 f"triad {row['ours']['triad_gbs']:.1f} GB/s.\n", operation_table(row)]
+        text += [f"### {row['title']}, {row['threads']} threads\n",
+                 f"A step of {row['ours']['step_ms']:.1f} ms: {parts}; triad {row['ours']['triad_gbs']:.1f} GB/s.\n",
+                 operation_table(row)]
     return "\n".join(text)
 
 
 # --- picture ---------------------------------------------------------------------------------------------------------
 
 def bars(rows):
-    """(x, [(colour key, bottom, top)], label above): two bars per configuration, percent of PyTorch's step or our own."""
+    """(x, [(colour key, bottom, top)], label above): two per configuration, percent of PyTorch's step or our own."""
     for number, row in enumerate(rows):
         torch, tokens = row["torch"], row["flags"]["batch"] * row["flags"]["micro"] * row["flags"]["sequence-len"]
         full = 1e3 * tokens / torch["tok_s"] if torch else row["ours"]["step_ms"]
@@ -320,21 +329,21 @@ def draw(rows, path):
 
 # --- main ------------------------------------------------------------------------------------------------------------
 
-def torch_version(args):
-    """What PyTorch is, or why it is left out; then args.torch_speed is None."""
-    if not args.torch_speed.is_file():
-        version = f"not measured, there is no file {args.torch_speed}"
+def find_torch(args):
+    """What PyTorch is, and MiB of a process that imports it; or why it is left out: then args.torch_speed is None."""
+    if args.quick:
+        reason = "by --quick"
+    elif not args.torch_speed.is_file():
+        reason = f"there is no file {args.torch_speed}"
     else:
+        program = "import json, torch; print(json.dumps(dict(version=torch.__version__)))"
         try:
-            probe = subprocess.run([args.python, "-c", "import torch; print(torch.__version__)"], capture_output=True,
-                                   text=True)
-        except OSError as error:
-            sys.exit(f"--python {args.python}: {error.strerror}")
-        if probe.returncode == 0:
-            return f"{probe.stdout.strip()}, compiled"
-        version = f"not measured, {args.python} has no torch"
+            probe = run_child([args.python, "-c", program], args.cpus)
+            return f"{probe['version']}, compiled", probe["process_peak_mib"]
+        except OSError:
+            reason = f"{args.python} has no torch"
     args.torch_speed = None
-    return version
+    return f"not measured, {reason}", 0
 
 
 def save(result, out):
@@ -356,13 +365,15 @@ def parse():
     add("--reps", type=int, default=3, help="steps per run, after one that warms up (default 3)")
     add("--threads", default="1,2", help="thread counts (default 1,2)")
     add("--only", default="", help="configurations whose name contains this")
-    add("--quick", action="store_true", help="one tiny configuration, once, without PyTorch: does everything work?")
+    add("--quick", action="store_true", help="two tiny configurations, once, without PyTorch: does everything work?")
     args = parser.parse_args()
     args.threads = [int(word) for word in args.threads.split(",")]
     args.cpus = sorted(os.sched_getaffinity(0))
     args.configurations = [c for c in (QUICK if args.quick else CONFIGURATIONS) if args.only in c["title"]]
     if args.quick:
         args.rounds = args.reps = 1
+    if not (args.build / "experiments" / "bench_step").is_file():
+        parser.error(f"there is no {args.build / 'experiments' / 'bench_step'}: run tools/setup, or give --build")
     if not args.configurations:
         parser.error("--only \"%s\" names none of: %s" % (args.only, "; ".join(c["title"] for c in CONFIGURATIONS)))
     args.threads = [n for n in args.threads if n <= len(args.cpus)]
@@ -374,11 +385,11 @@ def parse():
 def main():
     args = parse()
     args.out.mkdir(parents=True, exist_ok=True)
-    torch = torch_version(args) if not args.quick else "not measured, by --quick"
-    args.torch_speed = None if args.quick else args.torch_speed
+    torch, torch_import = find_torch(args)
     print(f"PyTorch: {torch}", file=sys.stderr)
     start = os.getloadavg()[0]
-    result = dict(machine=machine(), torch=torch, rounds=args.rounds, reps=args.reps, rows=[], ranks={})
+    result = dict(machine=machine(), torch=torch, torch_import_mib=torch_import, rounds=args.rounds, reps=args.reps,
+                  rows=[], ranks={})
     for config in args.configurations:
         for threads in args.threads:
             row = measure(args, config, threads)
@@ -393,4 +404,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except OSError as error:
+        sys.exit(f"{error}")
