@@ -450,8 +450,8 @@ poe_status poe_run_check_memory(const poe_options *o, int stage, const poe_run_m
 {
     if (fits(o, memory))
         return POE_OK;
-    poe_error("--memory-limit: stage %d needs %.0f MiB with --recompute %s, allowed are %.8g MiB", stage,
-              ceil((double)poe_run_memory_total(memory) / 0x1p20), poe_recompute_name(memory->recompute),
+    poe_error("--memory-limit: stage %d needs %.1f MiB with --recompute %s, allowed are %.8g MiB", stage,
+              ceil((double)poe_run_memory_total(memory) / 0x1p20 * 10) / 10, poe_recompute_name(memory->recompute),
               (double)o->memory_limit / 0x1p20);
     return POE_BAD_INPUT;
 }

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The same weights bit for bit, whatever carries the messages and however many ranks and threads compute."""
 import itertools
+import os
 
 import poe
 
@@ -78,9 +79,41 @@ def text(folder):
     poe.check_same_file(f'{one}/tokenizer.json', f'{out}/tokenizer.json')
 
 
+def recompute(folder):
+    """Whatever backward makes again, by choice or because memory is short at one stage."""
+    data = poe.write_tokens(f'{folder}/tokens.bin')
+    options = {'stages': '3,2,1', 'head': 'ps'}
+    one = train(folder, 'none', data, recompute='none', **options)
+    for choice in ('norms', 'block'):
+        check_same(one, train(folder, choice, data, recompute=choice, **options))
+    totals = {}
+    for choice in ('none', 'norms', 'block'):
+        totals[choice] = stage_totals(poe.flags(data=data, dry_run=True, vocab_size=80, recompute=choice, **options))
+    short = int(sum(totals['none'][:2]) / 2 * 2**20)  # between what stages 0 and 1 would like to have
+    limited = poe.succeed(poe.flags(data=data, out=f'{folder}/short', export=f'{folder}/short/final.safetensors',
+                                    memory_limit=short, **options), poe.RANKS, 3)
+    choices = [line.split()[-1] for line in stage_lines(limited.out)]
+    poe.check(choices[0] != 'none' and choices[1:] == ['none', 'none'], f'what stages chose: {choices}')
+    check_same(one, f'{folder}/short')
+    for launch, ranks in ((poe.THREADS, 1), (poe.RANKS, 3)):
+        refused = poe.run(poe.flags(data=data, out=f'{folder}/refused', memory_limit='1KiB', **options), launch, ranks)
+        poe.check_refused(refused, 2, '--memory-limit', 'needs', 'allowed are')
+    poe.check(not os.path.exists(f'{folder}/refused'), 'a refused run leaves no folder')
+
+
+def stage_lines(text):
+    """The stages' rows of the start-up table."""
+    rows = text.split('recompute\n', 1)[1].split('shared', 1)[0]
+    return rows.strip().splitlines()
+
+
+def stage_totals(words):
+    """MiB of every stage."""
+    return [float(line.split()[-3]) for line in stage_lines(poe.succeed(words).out)]
+
+
 def memory(folder):
     """Hundreds of steps need no more memory than tens."""
-    import os
     peak = {}
     data = poe.write_tokens(f'{folder}/tokens.bin')
     for n in (50, 400):
@@ -95,4 +128,5 @@ def memory(folder):
     poe.check(peak[400] - peak[50] < 1024, f'peak in KiB after 50 and 400 steps: {peak}')
 
 
-poe.main(ranks_and_rules, one_rank, threads, inproc_under_mpiexec, sync_rules_differ, config_repeats, text, memory)
+poe.main(ranks_and_rules, one_rank, threads, inproc_under_mpiexec, sync_rules_differ, config_repeats, text, recompute,
+         memory)
