@@ -189,8 +189,13 @@ poe_status poe_comm_agree(poe_comm *comm, poe_status mine)
     int speaker = 0;
     while (speaker < poe_comm_size(comm) && outcomes[speaker] == POE_OK)
         speaker++;
+    if (speaker == poe_comm_size(comm)) {
+        poe_log_drop(); /* who holds errors goes on holding them */
+        return POE_OK;
+    }
     poe_log_settle(speaker == poe_comm_rank(comm));
-    return speaker < poe_comm_size(comm) ? (poe_status)outcomes[speaker] : POE_OK;
+    poe_comm_barrier(comm, "a sentence on what failed"); /* nobody ends the job before it is said */
+    return (poe_status)outcomes[speaker];
 }
 
 poe_status poe_chain_end(poe_comm *comm)

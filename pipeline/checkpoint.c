@@ -26,7 +26,7 @@ struct poe_checkpoint_store {
     char folder[POE_PATH_MAX]; /* OUT/checkpoints */
 };
 
-/* What a rank does between poe_log_hold(true) and this is done by all; they agree on how it ended. A failure to agree
+/* What a rank does between poe_log_hold() and this is done by all; they agree on how it ended. A failure to agree
  * leaves this rank's sentence held, and then it is printed. */
 static poe_status agree(poe_comm *comm, poe_status mine)
 {
@@ -82,7 +82,7 @@ static poe_status find_leader(poe_checkpoint_store *store)
     poe_status status = poe_comm_broadcast(store->comm, 0, &run, sizeof(run));
     if (status)
         return status;
-    poe_log_hold(true);
+    poe_log_hold();
     poe_status mine = marker_path(store, run, rank, marker);
     poe_temporary_register(marker);
     if (!mine)
@@ -100,7 +100,7 @@ static poe_status find_leader(poe_checkpoint_store *store)
 poe_status poe_checkpoint_store_open(poe_comm *comm, const char *out, int keep, poe_checkpoint_store **store)
 {
     poe_checkpoint_store *s = calloc(1, sizeof(*s));
-    poe_log_hold(true);
+    poe_log_hold();
     if (!s)
         poe_error("not enough memory for the checkpoints' paths");
     poe_status status = agree(comm, s ? prepare_folder(s, out) : POE_FAILED);
@@ -110,7 +110,7 @@ poe_status poe_checkpoint_store_open(poe_comm *comm, const char *out, int keep, 
         status = find_leader(s);
     }
     if (!status) {
-        poe_log_hold(true);
+        poe_log_hold();
         bool leads = s->leader == poe_comm_rank(comm);
         status = agree(comm, leads ? poe_checkpoint_clean(s->folder, INT64_MAX, 0) : POE_OK);
     }
@@ -175,14 +175,14 @@ static poe_status share_facts(saving *s, const json_t *facts)
 {
     poe_comm *comm = s->store->comm;
     bool root = poe_comm_rank(comm) == 0;
-    poe_log_hold(true);
+    poe_log_hold();
     char *text = root ? facts_text(s, facts) : NULL;
     uint64_t size = text ? strlen(text) + 1 : 0;
     poe_status status = save_agree(s, root && !text ? POE_FAILED : POE_OK);
     if (!status)
         status = poe_comm_broadcast(comm, 0, &size, sizeof(size));
     if (!status) {
-        poe_log_hold(true);
+        poe_log_hold();
         if (!root && !(text = malloc(size)))
             poe_error("not enough memory for the manifest of a checkpoint");
         status = save_agree(s, text ? POE_OK : POE_FAILED);
@@ -190,7 +190,7 @@ static poe_status share_facts(saving *s, const json_t *facts)
     if (!status)
         status = poe_comm_broadcast(comm, 0, text, size);
     if (!status) {
-        poe_log_hold(true);
+        poe_log_hold();
         status = save_agree(s, parse_facts(s, text));
     }
     free(text);
@@ -232,7 +232,7 @@ static poe_status prepare(saving *s)
     poe_status status = poe_comm_gather(comm, &mine, all, sizeof(mine));
     if (status)
         return status;
-    poe_log_hold(true);
+    poe_log_hold();
     poe_status local = POE_OK;
     if (s->leads) {
         uint64_t needed = 0;
@@ -268,7 +268,7 @@ static poe_status write_shared(saving *s)
 
 static poe_status write_files(saving *s)
 {
-    poe_log_hold(true);
+    poe_log_hold();
     poe_status status = write_own(s);
     if (!status && s->leads)
         status = write_shared(s);
@@ -283,7 +283,7 @@ static poe_status write_manifest(saving *s)
     if (status)
         return status;
     files[size] = s->shared;
-    poe_log_hold(true);
+    poe_log_hold();
     poe_status local = POE_OK;
     if (s->leads) {
         local = poe_manifest_write(s->temporary, s->facts, files, size + 1);
@@ -323,7 +323,7 @@ static void undo_rename(saving *s)
  */
 static poe_status publish(saving *s)
 {
-    poe_log_hold(true);
+    poe_log_hold();
     poe_status status = save_agree(s, s->leads ? rename_folder(s) : POE_OK);
     if (status && status != POE_PEER_LOST && s->published)
         undo_rename(s);
@@ -348,7 +348,7 @@ static poe_status save(saving *s, const json_t *facts)
  * unless the save itself has failed. */
 static void tidy(const saving *s, bool saved)
 {
-    poe_log_hold(true);
+    poe_log_hold();
     poe_remove_tree(s->temporary);
     if (saved)
         poe_checkpoint_clean(s->store->folder, s->step, s->store->keep);
@@ -364,7 +364,7 @@ poe_status poe_checkpoint_save(poe_checkpoint_store *store, int64_t step, poe_st
                 .stage = stage,
                 .stage_number = stage_number,
                 .pending = pending};
-    poe_log_hold(true);
+    poe_log_hold();
     poe_status status = poe_path(s.final, "%s/step-%08" PRId64, store->folder, step);
     if (!status)
         status = poe_path(s.temporary, "%s/.step-%08" PRId64 ".tmp", store->folder, step);
@@ -487,7 +487,7 @@ static poe_status resolve(search *s, const char *what, const char *out)
 
 static poe_status list(search *s, const char *what, const char *out)
 {
-    poe_log_hold(true);
+    poe_log_hold();
     poe_status status = resolve(s, what, out);
     if (!status)
         status = poe_checkpoint_list(s->folder, &s->steps, &s->count);
@@ -545,7 +545,7 @@ static poe_status judge(search *s, const char *folder, bool named, json_t **fact
     opinion all[POE_MAX_STAGES];
     int rank = poe_comm_rank(s->comm), speaker = -1;
     *facts = NULL;
-    poe_log_hold(true);
+    poe_log_hold();
     opinion mine = {examine(s, folder, named, facts), *facts ? identity(*facts) : 0};
     poe_status status = poe_comm_gather(s->comm, &mine, all, sizeof(mine));
     *worst = WHOLE;
@@ -621,6 +621,11 @@ poe_status poe_checkpoint_find(poe_comm *comm, const char *what, const char *out
         status = search_on(&s, use_older, folder, facts);
     free(s.steps);
     return status;
+}
+
+poe_status poe_checkpoint_store_abandon(const poe_checkpoint_store *store, int64_t step)
+{
+    return poe_checkpoint_abandon(store->folder, step);
 }
 
 bool poe_checkpoint_store_leads(const poe_checkpoint_store *store)

@@ -33,6 +33,8 @@ poe_status poe_checkpoint_store_open(poe_comm *comm, const char *out, int keep, 
 void poe_checkpoint_store_close(poe_checkpoint_store *store);
 /* True on the one rank, of those that share this folder, that writes what is there once. Not collective. */
 bool poe_checkpoint_store_leads(const poe_checkpoint_store *store);
+/* Not collective, for leaders: sets the store's checkpoints after `step` aside, see poe_checkpoint_abandon(). */
+poe_status poe_checkpoint_store_abandon(const poe_checkpoint_store *store, int64_t step);
 
 /* Writes the state after `step` updates: files under a temporary name, synced, read back; then all ranks agree; then
  * leaders write the manifest (`facts`: rank 0's object: configuration, step, data position, kernels...; others may

@@ -11,24 +11,24 @@
 #include "src/log.h"
 
 /* A training line says what step it is ("loss"), an evaluation how many updates came before it. */
-static bool belongs_before(const char *line, int64_t first)
+static bool belongs_before(const char *line, int64_t first, int64_t evaluated)
 {
     json_t *object = json_loads(line, 0, NULL);
     json_t *step = json_object_get(object, "step");
     bool training = json_object_get(object, "loss") != NULL;
-    bool before = json_is_integer(step) && json_integer_value(step) < first + (training ? 0 : 1);
+    bool before = json_is_integer(step) && json_integer_value(step) <= (training ? first - 1 : evaluated);
     json_decref(object);
     return before;
 }
 
-/* The lines of `text` that belong before step `first`, moved to its front; returns their length. A last line without
+/* The lines of `text` that poe_metrics_open() keeps, moved to its front; returns their length. A last line without
  * an end was cut short by a kill and is dropped. */
-static size_t keep_lines(char *text, int64_t first)
+static size_t keep_lines(char *text, int64_t first, int64_t evaluated)
 {
     size_t kept = 0;
     for (char *line = text, *end; (end = strchr(line, '\n')); line = end + 1) {
         *end = '\0';
-        if (!belongs_before(line, first))
+        if (!belongs_before(line, first, evaluated))
             continue;
         size_t length = (size_t)(end - line);
         memmove(text + kept, line, length);
@@ -38,7 +38,8 @@ static size_t keep_lines(char *text, int64_t first)
     return kept;
 }
 
-poe_status poe_metrics_open(poe_metrics *metrics, const char *path, const char *previous, int64_t first)
+poe_status poe_metrics_open(poe_metrics *metrics, const char *path, const char *previous, int64_t first,
+                            int64_t evaluated)
 {
     char *text = NULL;
     size_t size = 0;
@@ -46,7 +47,7 @@ poe_status poe_metrics_open(poe_metrics *metrics, const char *path, const char *
         poe_status status = poe_read_file(previous, "metrics of the resumed run", &text, &size);
         if (status != POE_OK)
             return status;
-        size = keep_lines(text, first);
+        size = keep_lines(text, first, evaluated);
     }
     poe_status status = poe_write_file(path, text ? text : "", size);
     free(text);

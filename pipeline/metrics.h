@@ -15,8 +15,10 @@ typedef struct poe_metrics {
 } poe_metrics;
 
 /* Opens OUT's metrics for steps `first` on. `previous` (NULL: none; may be `path` itself): the file of the run that is
- * resumed: its lines of earlier steps are kept, so that each step is there once. POE_FAILED: said. */
-poe_status poe_metrics_open(poe_metrics *metrics, const char *path, const char *previous, int64_t first);
+ * resumed: its lines of earlier steps are kept, and its evaluations after up to `evaluated` updates, so that each is
+ * there once. POE_FAILED: said. */
+poe_status poe_metrics_open(poe_metrics *metrics, const char *path, const char *previous, int64_t first,
+                            int64_t evaluated);
 
 /* Writes one line, whole or not at all to a reader; takes the reference of `object`. */
 poe_status poe_metrics_write(poe_metrics *metrics, json_t *object);

@@ -61,24 +61,35 @@ static void print_model(const poe_options *o, const poe_model *m)
            poe_settings_micro_batches(o), o->device_batch_size, c->sequence_len);
 }
 
-static poe_status print_stages(const poe_options *o, const poe_model *m, int threads)
+static void print_stage(const poe_model *m, int k, const poe_run_memory *memory)
 {
-    printf("\n stage  layers  parameters       weights  gradients  optimiser  activations  messages   scratch     total\n");
+    char a[32], b[32], c[32], d[32], e[32], f[32], g[32];
+    printf("%6d  %2d..%-2d  %8.3f M    %10s %10s %10s   %10s %9s %9s %9s  %9s\n", k, m->first_layer[k],
+           m->first_layer[k + 1] - 1, (double)poe_model_stage_parameters(m, k) / 1e6,
+           mib((double)memory->parameters, a), mib((double)(memory->gradients + memory->pending), b),
+           mib((double)memory->optimizer, c), mib((double)memory->activations, d), mib((double)memory->messages, e),
+           mib((double)memory->scratch, f), mib((double)poe_run_memory_total(memory), g),
+           poe_recompute_name(memory->recompute));
+}
+
+/* `known`: the ranks' own figures; NULL: as these flags would have them, refused behind the table when too much. */
+static poe_status print_stages(const poe_options *o, const poe_model *m, int threads, const poe_run_memory *known)
+{
+    poe_status refused = POE_OK;
+    printf("\n stage  layers  parameters       weights  gradients  optimiser  activations  messages   scratch     total"
+           "  recompute\n");
     for (int k = 0; k < m->config.n_stages; k++) {
         poe_run_memory memory;
-        poe_status status = poe_run_size(o, m, k, threads, &memory);
+        poe_status status = known ? POE_OK : poe_run_size(o, m, k, threads, &memory);
         if (status != POE_OK)
             return status;
-        char a[32], b[32], c[32], d[32], e[32], f[32], g[32];
-        printf("%6d  %2d..%-2d  %8.3f M    %10s %10s %10s   %10s %9s %9s %9s\n", k, m->first_layer[k],
-               m->first_layer[k + 1] - 1, (double)poe_model_stage_parameters(m, k) / 1e6,
-               mib((double)memory.parameters, a), mib((double)(memory.gradients + memory.pending), b),
-               mib((double)memory.optimizer, c), mib((double)memory.activations, d), mib((double)memory.messages, e),
-               mib((double)memory.scratch, f), mib((double)poe_run_memory_total(&memory), g));
+        print_stage(m, k, known ? &known[k] : &memory);
+        if (!known && refused == POE_OK)
+            refused = poe_run_check_memory(o, k, &memory);
     }
     printf("shared          %8.3f M    (embedding, head, smear: a replica on every rank, in its numbers)\n\n",
            (double)poe_model_stage_parameters(m, -1) / 1e6);
-    return POE_OK;
+    return refused;
 }
 
 static void print_data(const poe_run *r)
@@ -113,7 +124,7 @@ poe_status poe_report_start(const poe_options *o, const poe_model *m, int thread
             printf("dtype     bf16: %s\n", poe_bf16_engine(r->kernels));
         printf("output    %s\n", r->out);
     }
-    poe_status status = print_stages(o, m, threads);
+    poe_status status = print_stages(o, m, threads, r ? r->memory : NULL);
     fflush(stdout);
     return status;
 }
@@ -308,20 +319,34 @@ static void print_ranks(const poe_run *r, const poe_training *t, const rank_fact
 poe_status poe_report_ranks(const poe_run *r, const poe_training *t)
 {
     rank_facts mine = {.peak = peak_memory()}, all[POE_MAX_STAGES];
-    poe_run_memory memory;
     poe_comm_get_stats(r->comm, &mine.stats);
-    poe_status status = poe_run_size(r->options, &r->model, r->rank, r->threads, &memory);
-    if (status != POE_OK)
-        return status;
-    mine.arenas = poe_run_memory_total(&memory);
-    status = poe_comm_gather(r->comm, &mine, all, sizeof(mine));
+    mine.arenas = poe_run_memory_total(&r->memory[r->rank]);
+    poe_status status = poe_comm_gather(r->comm, &mine, all, sizeof(mine));
     if (status == POE_OK && r->rank == 0 && t->tokens)
         print_ranks(r, t, all);
     return status;
 }
 
+/* `path` as one word of a shell command. */
+static const char *quoted(const char *path, char text[4 * POE_PATH_MAX])
+{
+    static const char plain[] = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789/._-+=:,@%";
+    if (path[strspn(path, plain)] == '\0')
+        return path;
+    char *end = text;
+    *end++ = '\'';
+    for (const char *c = path; *c; c++)
+        end = *c == '\'' ? stpcpy(end, "'\\''") : stpncpy(end, c, 1);
+    strcpy(end, "'");
+    return text;
+}
+
 void poe_report_files(const poe_run *r, const poe_training *t, bool interrupted)
 {
+    char ranks[32] = "", run[4 * POE_PATH_MAX], checkpoint[4 * POE_PATH_MAX];
+    if (strcmp(poe_comm_transport(r->comm), "mpi") == 0)
+        snprintf(ranks, sizeof(ranks), " --ranks %d", r->size);
+    const char *out = quoted(r->out, run), *newest = quoted(t->checkpoint, checkpoint);
     printf("\n");
     if (t->checkpoint[0])
         printf("checkpoint  %s (%.3f M parameters)\n", t->checkpoint, (double)poe_model_parameters(&r->model) / 1e6);
@@ -330,11 +355,11 @@ void poe_report_files(const poe_run *r, const poe_training *t, bool interrupted)
         printf("picture     %s/loss.png\n", r->out);
     if (interrupted)
         printf("stopped after step %lld of %d; go on:  poe-pipe%s --resume %s\n", (long long)t->steps,
-               r->options->num_iterations, r->size > 1 ? " --ranks N" : "", r->out);
+               r->options->num_iterations, ranks, out);
     else
-        printf("go on       poe-pipe --resume %s --num-iterations %d\n", r->out, 2 * r->options->num_iterations);
+        printf("go on       poe-pipe%s --resume %s --num-iterations %d\n", ranks, out, 2 * r->options->num_iterations);
     if (t->checkpoint[0])
         printf("export      poe-pipe export --checkpoint %s --export model.safetensors\n"
-               "generate    poe-pipe generate --checkpoint %s --prompt \"...\"\n", t->checkpoint, t->checkpoint);
+               "generate    poe-pipe generate --checkpoint %s --prompt \"...\"\n", newest, newest);
     fflush(stdout);
 }

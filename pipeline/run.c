@@ -2,17 +2,20 @@
 #include "pipeline/run.h"
 
 #include <errno.h>
+#include <math.h>
 #include <sched.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/random.h>
+#include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
 
 #include "pipeline/interchange.h"
 #include "pipeline/settings.h"
 #include "src/log.h"
+#include "src/manifest.h"
 
 static int cores_of_host(void)
 {
@@ -113,24 +116,10 @@ static poe_status agree_on_id(poe_run *r)
 
 /* --- folders and the checkpoint to go on from --------------------------------------------------------------------------- */
 
-/* RUN of RUN/checkpoints/step-N. */
-static void run_folder_of(const char *checkpoint, char folder[POE_PATH_MAX])
-{
-    snprintf(folder, POE_PATH_MAX, "%s", checkpoint);
-    for (int level = 0; level < 2; level++) {
-        char *slash = strrchr(folder, '/');
-        if (!slash) {
-            snprintf(folder, POE_PATH_MAX, ".");
-            return;
-        }
-        *slash = '\0';
-    }
-}
-
 static poe_status choose_out(poe_run *r)
 {
     char name[POE_PATH_MAX] = "";
-    if (r->rank == 0 && !r->options->out && !r->resumed[0]) {
+    if (r->rank == 0 && !r->options->out && !r->resumed_run[0]) {
         time_t now = time(NULL);
         struct tm local;
         localtime_r(&now, &local);
@@ -141,36 +130,53 @@ static poe_status choose_out(poe_run *r)
         return status;
     if (r->options->out)
         return poe_path(r->out, "%s", r->options->out);
-    if (r->resumed[0])
-        run_folder_of(r->resumed, r->out);
-    else
-        memcpy(r->out, name, sizeof(name));
+    memcpy(r->out, r->resumed_run[0] ? r->resumed_run : name, sizeof(name));
     return POE_OK;
+}
+
+static bool same_folder(const char *a, const char *b)
+{
+    struct stat x, y;
+    return stat(a, &x) == 0 && stat(b, &y) == 0 && x.st_dev == y.st_dev && x.st_ino == y.st_ino;
 }
 
 static poe_status check_unused(const poe_run *r)
 {
     char path[POE_PATH_MAX];
     poe_status status = poe_path(path, "%s/config.json", r->out);
-    if (status == POE_OK && !r->resumed[0] && access(path, F_OK) == 0) {
+    if (status == POE_OK && !same_folder(r->out, r->resumed_run) && access(path, F_OK) == 0) {
         poe_error("--out %s already holds a run; go on with it by --resume %s, or choose another folder", r->out, r->out);
         status = POE_BAD_INPUT;
     }
     return status;
 }
 
-/* All ranks look before any of them makes something. */
-static poe_status prepare_out(poe_run *r)
+/* Before the training, not after it. In --out, which is checked when it is made, there is room. */
+static poe_status check_export(const poe_run *r)
+{
+    const char *path = r->options->export_path;
+    size_t length = strlen(r->out);
+    char folder[POE_PATH_MAX];
+    struct stat found;
+    if (!path || r->rank != 0 || (strncmp(path, r->out, length) == 0 && path[length] == '/'))
+        return POE_OK;
+    if (stat(path, &found) == 0 && S_ISDIR(found.st_mode)) {
+        poe_error("--export: %s is a directory; give the name of a file", path);
+        return POE_BAD_INPUT;
+    }
+    const char *slash = strrchr(path, '/');
+    poe_status status = poe_path(folder, "%.*s", slash ? (int)(slash - path) + 1 : 1, slash ? path : ".");
+    return status == POE_OK ? poe_check_writable(folder, "--export") : status;
+}
+
+/* Only looks: the folder is made once nothing else can be wrong. */
+static poe_status find_out(poe_run *r)
 {
     poe_status status = choose_out(r);
     if (status == POE_OK)
         status = check_unused(r);
-    status = poe_comm_agree(r->comm, status);
-    if (status != POE_OK)
-        return status;
-    status = poe_make_directories(r->out);
     if (status == POE_OK)
-        status = poe_check_writable(r->out, "--out");
+        status = check_export(r);
     return poe_comm_agree(r->comm, status);
 }
 
@@ -187,23 +193,34 @@ static poe_status find_checkpoint(poe_run *r)
     r->first_step = json_integer_value(json_object_get(r->facts, "step"));
     const char *hash = json_string_value(json_object_get(r->facts, "data_hash"));
     r->data_hash = hash ? strtoull(hash, NULL, 16) : 0;
-    return POE_OK;
+    return poe_comm_agree(r->comm, poe_checkpoint_run(r->resumed, r->resumed_run));
 }
 
 /* --- model and stage ------------------------------------------------------------------------------------------------------ */
 
+/* Weights mean nothing under another tokenizer than the one they were trained with. */
+static poe_status check_tokenizer(const poe_run *r)
+{
+    const char *before = json_string_value(json_object_get(r->facts, "tokenizer_hash"));
+    if (!before || !r->corpus.tokenizer || strtoull(before, NULL, 16) == poe_tokenizer_hash(r->corpus.tokenizer))
+        return POE_OK;
+    poe_error("--tokenizer: %s is not the tokenizer that %s was trained with",
+              r->options->tokenizer ? r->options->tokenizer : "the one trained on --data", r->resumed);
+    return POE_BAD_INPUT;
+}
+
 /* A resumed run keeps its own tokenizer, wherever the checkpoint came from. */
 static poe_status open_tokenizer(poe_run *r)
 {
-    char folder[POE_PATH_MAX], stored[POE_PATH_MAX + 16];
+    char stored[POE_PATH_MAX + 16];
     const char *path = NULL;
-    if (r->resumed[0] && !poe_options_given(r->options, "tokenizer")) {
-        run_folder_of(r->resumed, folder);
-        snprintf(stored, sizeof(stored), "%s/tokenizer.json", folder);
+    if (r->resumed_run[0] && !poe_options_given(r->options, "tokenizer")) {
+        snprintf(stored, sizeof(stored), "%s/tokenizer.json", r->resumed_run);
         if (access(stored, R_OK) == 0)
             path = stored;
     }
-    return poe_corpus_open_tokenizer(&r->corpus, r->comm, r->options, path);
+    poe_status status = poe_corpus_open_tokenizer(&r->corpus, r->comm, r->options, path);
+    return status == POE_OK ? poe_comm_agree(r->comm, check_tokenizer(r)) : status;
 }
 
 static bool trains(const poe_run *r)
@@ -211,18 +228,30 @@ static bool trains(const poe_run *r)
     return r->purpose == POE_PURPOSE_TRAIN;
 }
 
-static poe_stage_settings stage_settings(const poe_options *o, int stage, bool training)
+static poe_stage_settings stage_settings(const poe_options *o, int stage, bool training, poe_recompute recompute)
 {
-    return (poe_stage_settings){.stage = stage, .rows = (size_t)o->device_batch_size, .training = training};
+    return (poe_stage_settings){
+        .stage = stage, .rows = (size_t)o->device_batch_size, .training = training, .recompute = recompute};
+}
+
+/* Every rank's memory, before any of it is allocated. */
+static poe_status agree_on_memory(poe_run *r)
+{
+    poe_run_memory mine;
+    poe_status status = poe_run_size(r->options, &r->model, r->rank, r->threads, &mine);
+    if (status == POE_OK)
+        status = poe_run_check_memory(r->options, r->rank, &mine);
+    status = poe_comm_agree(r->comm, status);
+    return status == POE_OK ? poe_comm_gather(r->comm, &mine, r->memory, sizeof(mine)) : status;
 }
 
 static poe_status create_stage(poe_run *r)
 {
-    poe_stage_settings settings = stage_settings(r->options, r->rank, trains(r));
+    poe_stage_settings settings =
+        stage_settings(r->options, r->rank, trains(r), r->memory[r->rank].recompute);
     poe_backend_limits limits;
     poe_stage_limits(&r->model, &settings, &limits);
     limits.bf16 = wants_bf16(r->options);
-    r->threads = poe_run_threads(r->options, poe_comm_host_ranks(r->comm));
     poe_status status = poe_cpu_create(r->kernels, r->threads, &limits, &r->backend);
     return status == POE_OK ? poe_stage_create(&r->model, &settings, r->backend, &r->stage) : status;
 }
@@ -233,9 +262,11 @@ static poe_status open_model(poe_run *r)
     poe_settings_optimizer(r->options, &r->optimizer);
     if (status == POE_OK && r->resumed[0])
         status = poe_checkpoint_load_layers(r->resumed, r->facts, r->rank, &r->model);
-    if (status == POE_OK)
-        status = create_stage(r);
-    return poe_comm_agree(r->comm, status);
+    r->threads = poe_run_threads(r->options, poe_comm_host_ranks(r->comm));
+    status = poe_comm_agree(r->comm, status);
+    if (status == POE_OK && trains(r))
+        status = agree_on_memory(r);
+    return status == POE_OK ? poe_comm_agree(r->comm, create_stage(r)) : status;
 }
 
 /* How many vectors of shared gradients wait in the checkpoint. */
@@ -331,7 +362,7 @@ poe_status poe_run_open(poe_run *r, poe_comm *comm, const poe_options *options, 
     if (status == POE_OK)
         status = find_checkpoint(r);
     if (status == POE_OK && trains(r))
-        status = prepare_out(r);
+        status = find_out(r);
     if (status == POE_OK)
         status = open_tokenizer(r);
     if (status == POE_OK && purpose != POE_PURPOSE_USE)
@@ -359,9 +390,10 @@ void poe_run_close(poe_run *r)
 
 /* --- sizes ------------------------------------------------------------------------------------------------------------------ */
 
-poe_status poe_run_size(const poe_options *o, const poe_model *model, int stage, int threads, poe_run_memory *memory)
+static poe_status size_with(const poe_options *o, const poe_model *model, int stage, int threads,
+                            poe_recompute recompute, poe_run_memory *memory)
 {
-    poe_stage_settings settings = stage_settings(o, stage, true);
+    poe_stage_settings settings = stage_settings(o, stage, true, recompute);
     poe_stage_memory parts;
     poe_status status = poe_stage_size(model, &settings, &parts);
     if (status != POE_OK)
@@ -385,6 +417,7 @@ poe_status poe_run_size(const poe_options *o, const poe_model *model, int stage,
         .messages = poe_streams_memory(&edges, stage, (size_t)o->device_batch_size, (size_t)o->sequence_len,
                                        (size_t)o->n_embd),
         .scratch = poe_cpu_scratch_bytes(&limits, threads),
+        .recompute = recompute,
     };
     poe_tensor_table_free(&table);
     return POE_OK;
@@ -393,4 +426,32 @@ poe_status poe_run_size(const poe_options *o, const poe_model *model, int stage,
 uint64_t poe_run_memory_total(const poe_run_memory *m)
 {
     return m->parameters + m->gradients + m->optimizer + m->activations + m->pending + m->messages + m->scratch;
+}
+
+static bool fits(const poe_options *o, const poe_run_memory *memory)
+{
+    return !o->memory_limit || poe_run_memory_total(memory) <= (uint64_t)o->memory_limit;
+}
+
+poe_status poe_run_size(const poe_options *o, const poe_model *model, int stage, int threads, poe_run_memory *memory)
+{
+    bool chosen = strcmp(o->recompute, "auto") != 0;
+    for (poe_recompute recompute = 0; recompute < POE_RECOMPUTE_COUNT; recompute++) {
+        if (chosen && strcmp(o->recompute, poe_recompute_name(recompute)) != 0)
+            continue;
+        poe_status status = size_with(o, model, stage, threads, recompute, memory);
+        if (status != POE_OK || fits(o, memory))
+            return status;
+    }
+    return POE_OK;
+}
+
+poe_status poe_run_check_memory(const poe_options *o, int stage, const poe_run_memory *memory)
+{
+    if (fits(o, memory))
+        return POE_OK;
+    poe_error("--memory-limit: stage %d needs %.0f MiB with --recompute %s, allowed are %.8g MiB", stage,
+              ceil((double)poe_run_memory_total(memory) / 0x1p20), poe_recompute_name(memory->recompute),
+              (double)o->memory_limit / 0x1p20);
+    return POE_BAD_INPUT;
 }

@@ -25,6 +25,13 @@ typedef enum poe_purpose {
     POE_PURPOSE_USE,      /* generate, export: a checkpoint's weights, no data */
 } poe_purpose;
 
+/* Bytes that a stage of a training run takes: its arenas, shared gradients that wait their turn, the links' buffers of
+ * micro-batches, the kernels' scratch. */
+typedef struct poe_run_memory {
+    uint64_t parameters, gradients, optimizer, activations, pending, messages, scratch;
+    poe_recompute recompute; /* what backward makes again, so that it is no more */
+} poe_run_memory;
+
 typedef struct poe_run {
     const poe_options *options; /* borrowed */
     poe_purpose purpose;
@@ -34,12 +41,14 @@ typedef struct poe_run {
 
     char out[POE_PATH_MAX];       /* the run's folder */
     char resumed[POE_PATH_MAX];   /* the checkpoint that was loaded, or "" */
+    char resumed_run[POE_PATH_MAX]; /* the folder of the run that it is in; "": in none */
     json_t *facts;                /* its manifest; NULL when nothing was resumed */
     int64_t first_step;           /* updates that the loaded weights have had */
     uint64_t data_hash;           /* running hash of the tokens trained on */
 
     poe_kernels kernels;
     int threads;
+    poe_run_memory memory[POE_MAX_STAGES]; /* of every rank of a training run */
     poe_corpus corpus;
     poe_model model;
     poe_optimizer_config optimizer;
@@ -59,14 +68,12 @@ typedef struct poe_run {
 poe_status poe_run_open(poe_run *run, poe_comm *comm, const poe_options *options, poe_purpose purpose);
 void poe_run_close(poe_run *run);
 
-/* Bytes that a stage of a training run takes: its arenas, shared gradients that wait their turn, the links' buffers of
- * micro-batches, the kernels' scratch. */
-typedef struct poe_run_memory {
-    uint64_t parameters, gradients, optimizer, activations, pending, messages, scratch;
-} poe_run_memory;
-/* Computed without allocating any of them. */
+/* With --recompute, or else the first choice that fits --memory-limit (the last when none does). Computed without
+ * allocating any of it. */
 poe_status poe_run_size(const poe_options *options, const poe_model *model, int stage, int threads, poe_run_memory *memory);
 uint64_t poe_run_memory_total(const poe_run_memory *memory);
+/* POE_BAD_INPUT when that is more than --memory-limit. */
+poe_status poe_run_check_memory(const poe_options *options, int stage, const poe_run_memory *memory);
 
 /* Threads of each of `ranks_on_host` ranks: --threads, or the host's cores shared out, at least 1. */
 int poe_run_threads(const poe_options *options, int ranks_on_host);

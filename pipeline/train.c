@@ -5,6 +5,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "pipeline/report.h"
 #include "pipeline/settings.h"
@@ -72,6 +73,14 @@ static poe_status receive_batch(trainer *t, poe_batch *batch)
 
 /* --- one step ----------------------------------------------------------------------------------------------------------------- */
 
+/* What is not finite in one stage is soon not finite in the later ones. So each gives every stage before it the time to
+ * speak and to end the job (mpiexec takes a second to pass it on); false: one of them has. */
+static bool speaks_first(const poe_run *r)
+{
+    sleep(2 * (unsigned)r->rank);
+    return !poe_comm_stop_wanted(r->comm);
+}
+
 static poe_status run_micro_batch(trainer *t, poe_batch *batch, double *loss)
 {
     poe_run *r = t->run;
@@ -88,7 +97,7 @@ static poe_status run_micro_batch(trainer *t, poe_batch *batch, double *loss)
         return status;
     poe_comm_doing(r->comm, "loss and backward", batch->step, batch->micro);
     status = poe_stage_backward(r->stage, batch->targets, t->micro_batches, loss);
-    if (status == POE_NUMERIC)
+    if (status == POE_NUMERIC && speaks_first(r))
         poe_error("step %lld: the loss of stage %d is %g (micro-batch %d); stopped before that stage's update",
                   (long long)batch->step, r->rank, *loss, batch->micro);
     poe_streams_release_batch(&r->streams);
@@ -112,8 +121,9 @@ static poe_status accumulate_step(trainer *t, int64_t step)
     t->losses[r->rank] = sum / t->micro_batches;
     if (poe_stage_gradients_finite(r->stage))
         return POE_OK;
-    poe_error("step %lld: a gradient of stage %d is not finite; stopped before that stage's update", (long long)step,
-              r->rank);
+    if (speaks_first(r))
+        poe_error("step %lld: a gradient of stage %d is not finite; stopped before that stage's update", (long long)step,
+                  r->rank);
     return POE_NUMERIC;
 }
 

@@ -38,7 +38,7 @@ poe_status poe_path(char path[POE_PATH_MAX], const char *format, ...)
 }
 
 /* mkdir that is content with a directory that is there. */
-static poe_status make_directory(const char *path)
+static poe_status make_directory(const char *path, const char *whole)
 {
     struct stat info;
     if (mkdir(path, 0777) == 0)
@@ -49,7 +49,7 @@ static poe_status make_directory(const char *path)
             return POE_OK;
         reason = ENOTDIR;
     }
-    poe_error("cannot make the directory %s: %s", path, strerror(reason));
+    poe_error("cannot make the directory %s: %s: %s", whole, path, strerror(reason));
     return POE_BAD_INPUT;
 }
 
@@ -61,10 +61,10 @@ poe_status poe_make_directories(const char *path)
         if (*slash != '/' || slash == part)
             continue;
         *slash = '\0';
-        status = make_directory(part);
+        status = make_directory(part, path);
         *slash = '/';
     }
-    return status == POE_OK ? make_directory(part) : status;
+    return status == POE_OK ? make_directory(part, path) : status;
 }
 
 poe_status poe_check_writable(const char *path, const char *what)

@@ -13,7 +13,7 @@ struct poe_log {
     pthread_mutex_t lock;
     int rank;
     int size;
-    bool hold;
+    int holds;
     bool has_held;
     char held[2048];
 };
@@ -77,12 +77,12 @@ static void print_line(const poe_log *log, const char *text)
     fputs(line, stderr);
 }
 
-void poe_log_hold(bool hold)
+void poe_log_hold(void)
 {
     if (!current)
         return;
     pthread_mutex_lock(&current->lock);
-    current->hold = hold;
+    current->holds++;
     pthread_mutex_unlock(&current->lock);
 }
 
@@ -94,7 +94,16 @@ void poe_log_settle(bool print)
     if (current->has_held && print)
         print_line(current, current->held);
     current->has_held = false;
-    current->hold = false;
+    current->holds -= current->holds > 0;
+    pthread_mutex_unlock(&current->lock);
+}
+
+void poe_log_drop(void)
+{
+    if (!current)
+        return;
+    pthread_mutex_lock(&current->lock);
+    current->has_held = false;
     pthread_mutex_unlock(&current->lock);
 }
 
@@ -110,7 +119,7 @@ void poe_error(const char *format, ...)
         return;
     }
     pthread_mutex_lock(&current->lock);
-    if (!current->hold) {
+    if (!current->holds) {
         print_line(current, text);
     } else if (!current->has_held) {
         strcpy(current->held, text);

@@ -16,10 +16,12 @@ void poe_log_destroy(poe_log *log); /* NULL is legal; no thread may still be att
 void poe_log_attach(poe_log *log);
 poe_log *poe_log_current(void);
 
-/* While held, the first error sentence is kept instead of printed, so that ranks can agree on who speaks. */
-void poe_log_hold(bool hold);
-/* Prints (`print` true) or drops the held sentence, and ends the hold. */
+/* While held, the first error sentence is kept instead of printed, so that ranks can agree on who speaks. Holds nest. */
+void poe_log_hold(void);
+/* Prints (`print` true) or drops the held sentence, and ends the innermost hold. */
 void poe_log_settle(bool print);
+/* Drops the held sentence; the hold goes on. */
+void poe_log_drop(void);
 
 /* poe_error: the one sentence that explains a failure. poe_warn: something the user should know. poe_info: a
  * fact. poe_debug: printed only when POE_LOG=debug. No trailing newline. */

@@ -4,6 +4,7 @@
 #include <dirent.h>
 #include <errno.h>
 #include <inttypes.h>
+#include <libgen.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -171,6 +172,16 @@ int64_t poe_checkpoint_step(const char *name)
     return strcmp(again, name) == 0 ? step : -1;
 }
 
+poe_status poe_checkpoint_run(const char *checkpoint, char folder[POE_PATH_MAX])
+{
+    char *whole = realpath(checkpoint, NULL), *parent = whole ? dirname(whole) : NULL;
+    const char *name = parent ? strrchr(parent, '/') : NULL;
+    bool in_run = name && strcmp(name, "/checkpoints") == 0;
+    poe_status status = poe_path(folder, "%s", in_run ? dirname(parent) : "");
+    free(whole);
+    return status;
+}
+
 static int newest_first(const void *a, const void *b)
 {
     const int64_t x = *(const int64_t *)a, y = *(const int64_t *)b;
@@ -229,6 +240,37 @@ poe_status poe_checkpoint_list(const char *folder, int64_t **steps, int *count)
     *steps = list.steps;
     *count = list.count;
     return POE_OK;
+}
+
+static poe_status abandon(const char *folder, int64_t step)
+{
+    char path[POE_PATH_MAX], aside[POE_PATH_MAX];
+    poe_status status = poe_path(path, "%s/step-%08" PRId64, folder, step);
+    if (!status)
+        status = poe_path(aside, "%s.abandoned", path);
+    if (!status)
+        status = poe_remove_tree(aside);
+    if (status)
+        return status;
+    if (rename(path, aside) != 0) {
+        poe_error("cannot rename %s to %s: %s", path, aside, strerror(errno));
+        return POE_FAILED;
+    }
+    poe_info("%s is of later than the step to go on from; it is kept as %s", path, aside);
+    return POE_OK;
+}
+
+poe_status poe_checkpoint_abandon(const char *folder, int64_t step)
+{
+    int64_t *steps;
+    int count;
+    poe_status status = poe_checkpoint_list(folder, &steps, &count);
+    if (status)
+        return status;
+    for (int i = 0; i < count && steps[i] > step && !status; i++)
+        status = abandon(folder, steps[i]);
+    free(steps);
+    return status;
 }
 
 static poe_status remove_temporary(void *arg, const char *name)

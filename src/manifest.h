@@ -30,6 +30,11 @@ poe_status poe_manifest_check(const char *folder, const json_t *facts, const cha
 poe_status poe_checkpoint_list(const char *folder, int64_t **steps, int *count);
 /* The step that the name of a checkpoint's folder tells, or -1. */
 int64_t poe_checkpoint_step(const char *name);
+/* The run folder of the checkpoint RUN/checkpoints/NAME, absolute; "" when that is not where it lies. */
+poe_status poe_checkpoint_run(const char *checkpoint, char folder[POE_PATH_MAX]);
+/* Renames the checkpoints after `step` to NAME.abandoned, says so, and removes what had such a name: a run that goes on
+ * from `step` has left them behind, and nobody shall take them for its newest. */
+poe_status poe_checkpoint_abandon(const char *folder, int64_t step);
 /* Removes temporary folders that a killed process left, and of the checkpoints up to `step` all but the newest `keep`
  * (0: all stay). Later ones were left behind by resuming from before them, and stay. */
 poe_status poe_checkpoint_clean(const char *folder, int64_t step, int keep);

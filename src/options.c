@@ -2,13 +2,13 @@
  * Where options come from, and which source wins. */
 #include "src/options.h"
 
-#include <libgen.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 
 #include "src/log.h"
+#include "src/manifest.h"
 #include "src/options_table.h"
 #include "src/shipped.h"
 
@@ -219,17 +219,6 @@ static poe_status apply_json(poe_options *options, json_t *object, const char *p
 /* --- the resumed run -------------------------------------------------------------------------------------------------
  */
 
-/* The run folder of the checkpoint folder RUN/checkpoints/NAME; "" when that is not where it lies. */
-static poe_status folder_of_checkpoint(const char *path, char folder[POE_PATH_MAX])
-{
-    char *whole = realpath(path, NULL), *parent = whole ? dirname(whole) : NULL;
-    const char *name = parent ? strrchr(parent, '/') : NULL;
-    bool in_run = name && strcmp(name, "/checkpoints") == 0;
-    poe_status status = poe_path(folder, "%s", in_run ? dirname(parent) : "");
-    free(whole);
-    return status;
-}
-
 /* The configuration that a checkpoint's manifest carries, for checkpoints that were moved out of their run. */
 static poe_status read_manifest_config(sources *from)
 {
@@ -271,12 +260,12 @@ static poe_status read_resumed(sources *from, const char *what, const char *out)
     char manifest[POE_PATH_MAX];
     status = poe_path(manifest, "%s/manifest.json", what);
     if (status == POE_OK && access(manifest, F_OK) != 0) {
-        poe_error("--resume: %s is neither a run folder (with config.json) nor a checkpoint (with manifest.json)",
+        poe_error("%s is neither a run folder (with config.json) nor a checkpoint (with manifest.json)",
                   what);
         return POE_BAD_INPUT;
     }
     if (status == POE_OK)
-        status = folder_of_checkpoint(what, from->run_folder);
+        status = poe_checkpoint_run(what, from->run_folder);
     if (status == POE_OK && from->run_folder[0])
         status = try_run_folder(from, from->run_folder, &found);
     if (status != POE_OK || found)

@@ -75,6 +75,8 @@ static const char *unsuitable(const poe_option *option, const json_t *value)
     case POE_OPTION_TYPE_INT:
     case POE_OPTION_TYPE_INT64:
         return json_is_integer(value) ? NULL : "a whole number";
+    case POE_OPTION_TYPE_SIZE:
+        return json_is_integer(value) || json_is_string(value) ? NULL : "a whole number of bytes or a text";
     case POE_OPTION_TYPE_REAL:
         return json_is_number(value) ? NULL : "a number";
     case POE_OPTION_TYPE_BOOL:
@@ -140,6 +142,7 @@ static json_t *value_json(const poe_options *options, const poe_option *option)
     case POE_OPTION_TYPE_INT:
         return json_integer(*(const int *)field);
     case POE_OPTION_TYPE_INT64:
+    case POE_OPTION_TYPE_SIZE:
         return json_integer(*(const int64_t *)field);
     case POE_OPTION_TYPE_REAL:
         return json_real(*(const double *)field);

@@ -29,6 +29,10 @@ enum {
     {                                                                                                                  \
         name, "N", GROUP, POE_OPTION_TYPE_INT64, FIELD(member), fallback, low, high, NULL, commands, traits, help      \
     }
+#define SIZE(name, member, fallback, commands, traits, help)                                                           \
+    {                                                                                                                  \
+        name, "SIZE", GROUP, POE_OPTION_TYPE_SIZE, FIELD(member), fallback, 0, EXACT_MAX, NULL, commands, traits, help \
+    }
 #define REAL(name, member, fallback, low, high, commands, traits, help)                                                \
     {                                                                                                                  \
         name, "X", GROUP, POE_OPTION_TYPE_REAL, FIELD(member), fallback, low, high, NULL, commands, traits, help       \
@@ -135,6 +139,10 @@ const poe_option poe_option_table[] = {
         "per rank; 0: cores of the host divided by its ranks"),
     REAL("deadline", deadline, "120", 0.1, 1e6, TRAIN, CHANGEABLE,
          "seconds without a sign of life before a rank is given up"),
+    WORD("recompute", recompute, "auto", "auto|none|norms|block", TRAIN, LOCAL,
+         "what backward computes again to save memory; auto: the least that fits --memory-limit"),
+    SIZE("memory-limit", memory_limit, "0", TRAIN, LOCAL,
+         "memory of a rank, as in 900MiB or 4GiB; 0: no limit"),
     WORD("kernels", kernels, "auto", "auto|generic|avx2|avx512", TRAIN | GENERATE, CHANGEABLE,
          "instructions to compute with"),
     BOOL("dry-run", dry_run, TRAIN, CALL, "show model and memory per rank, and stop"),

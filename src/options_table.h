@@ -8,6 +8,7 @@
 typedef enum poe_option_type {
     POE_OPTION_TYPE_INT,
     POE_OPTION_TYPE_INT64,
+    POE_OPTION_TYPE_SIZE,   /* bytes, an int64_t; read also with a unit */
     POE_OPTION_TYPE_REAL,
     POE_OPTION_TYPE_BOOL,
     POE_OPTION_TYPE_WORD,   /* one of `words` */

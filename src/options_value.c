@@ -72,6 +72,33 @@ static poe_status set_real(poe_options *options, const poe_option *option, const
     return POE_OK;
 }
 
+static bool read_size(const char *text, double *bytes)
+{
+    static const char *const units[] = {"", "KiB", "MiB", "GiB", "TiB"};
+    char number[32];
+    size_t length = strspn(text, "0123456789.");
+    if (length >= sizeof(number))
+        return false;
+    memcpy(number, text, length);
+    number[length] = '\0';
+    for (int i = 0; i < 5; i++) {
+        if (strcmp(text + length, units[i]) != 0 || !read_real(number, bytes))
+            continue;
+        *bytes = floor(ldexp(*bytes, 10 * i));
+        return i > 0 || !strchr(number, '.');
+    }
+    return false;
+}
+
+static poe_status set_size(poe_options *options, const poe_option *option, const char *text, const char *where)
+{
+    double bytes;
+    if (!read_size(text, &bytes) || bytes < option->low || bytes > option->high)
+        return refuse(where, text, "a whole number of bytes, or a number with KiB, MiB, GiB or TiB behind it");
+    *(int64_t *)field(options, option) = (int64_t)bytes;
+    return POE_OK;
+}
+
 static poe_status set_bool(poe_options *options, const poe_option *option, const char *text, const char *where)
 {
     bool yes = strcmp(text, "true") == 0;
@@ -191,7 +218,7 @@ poe_status poe_option_set(poe_options *options, const poe_option *option, const 
         [POE_OPTION_TYPE_REAL] = set_real,     [POE_OPTION_TYPE_BOOL] = set_bool,
         [POE_OPTION_TYPE_WORD] = set_word,     [POE_OPTION_TYPE_STRING] = set_string,
         [POE_OPTION_TYPE_PATH] = set_path,     [POE_OPTION_TYPE_FILES] = add_file,
-        [POE_OPTION_TYPE_STAGES] = set_stages,
+        [POE_OPTION_TYPE_STAGES] = set_stages, [POE_OPTION_TYPE_SIZE] = set_size,
     };
     return setters[option->type](options, option, text, where);
 }

@@ -32,21 +32,6 @@ static size_t rows_left(const shard_feed *feed)
     return feed->base.once ? whole : 0;
 }
 
-static poe_status check_ids(const shard_feed *feed, const uint16_t *tokens, size_t n)
-{
-    int largest = 0;
-    for (size_t i = 0; i < n; i++)
-        largest = tokens[i] > largest ? tokens[i] : largest;
-    if (largest < feed->vocab_size)
-        return POE_OK;
-    size_t i = 0;
-    while (tokens[i] < feed->vocab_size)
-        i++;
-    poe_error("%s: token %zu is id %d, but ids must be below the vocabulary size of %d (--vocab-size)",
-              feed->files[feed->current].path, feed->offset + i, tokens[i], feed->vocab_size);
-    return POE_BAD_INPUT;
-}
-
 static poe_status shard_next(poe_feed *base, int32_t *idx, int32_t *targets, size_t *rows)
 {
     shard_feed *feed = (shard_feed *)base;
@@ -62,9 +47,6 @@ static poe_status shard_next(poe_feed *base, int32_t *idx, int32_t *targets, siz
     }
     const uint16_t *tokens = feed->files[feed->current].shard.tokens + feed->offset;
     size_t n = found * base->t;
-    poe_status status = check_ids(feed, tokens, n + 1);
-    if (status != POE_OK)
-        return status;
     for (size_t i = 0; i < n; i++) {
         idx[i] = tokens[i];
         targets[i] = tokens[i + 1];
@@ -125,6 +107,23 @@ static void shard_close(poe_feed *base)
 static const poe_feed_ops shard_ops = {"token shards", shard_next, shard_checksum,
                                        shard_position, shard_seek, shard_close};
 
+/* All at once, before anything is trained; the checksum will read them all too. */
+static poe_status check_ids(const file *f, int vocab_size)
+{
+    const uint16_t *tokens = f->shard.tokens;
+    int largest = 0;
+    for (size_t i = 0; i < f->shard.count; i++)
+        largest = tokens[i] > largest ? tokens[i] : largest;
+    if (largest < vocab_size)
+        return POE_OK;
+    size_t i = 0;
+    while (tokens[i] < vocab_size)
+        i++;
+    poe_error("%s: token %zu is id %d, but ids must be below the vocabulary size of %d (--vocab-size)", f->path, i,
+              tokens[i], vocab_size);
+    return POE_BAD_INPUT;
+}
+
 static poe_status add_file(shard_feed *feed, const char *path)
 {
     bool raw = strncmp(path, "raw:", 4) == 0;
@@ -145,7 +144,7 @@ static poe_status add_file(shard_feed *feed, const char *path)
                   added->shard.count, feed->base.rows, feed->base.t, needed);
         return POE_BAD_INPUT;
     }
-    return POE_OK;
+    return check_ids(added, feed->vocab_size);
 }
 
 poe_status poe_shard_feed_open(const poe_feed_settings *settings, poe_feed **feed)

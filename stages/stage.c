@@ -13,6 +13,12 @@
 
 static const char *const region_names[REGION_COUNT] = {"parameters", "gradients", "optimiser state", "activations"};
 
+const char *poe_recompute_name(poe_recompute recompute)
+{
+    static const char *const names[POE_RECOMPUTE_COUNT] = {"none", "norms", "block"};
+    return names[recompute];
+}
+
 static float *take(stage_region *region, size_t floats)
 {
     char *piece = region->base ? region->base + region->used : NULL;
@@ -118,15 +124,21 @@ static void locate_tensors(poe_stage *stage)
 
 /* --- activations ------------------------------------------------------------------------------------------------- */
 
-static layer_kept take_kept(poe_stage *stage, size_t n)
+/* A normalised input: kept, or made in the scratch, which is free whenever one is wanted. */
+static float *take_norm(poe_stage *stage, size_t n)
+{
+    size_t floats = n * (size_t)stage->model->config.n_embd;
+    return keeps_norms(stage) ? take(&stage->regions[ACTIVATIONS], floats) : stage->wide;
+}
+
+/* All but x and u_attn. */
+static layer_kept take_block(poe_stage *stage, size_t n)
 {
     const poe_model *model = stage->model;
     stage_region *region = &stage->regions[ACTIVATIONS];
     size_t c = (size_t)model->config.n_embd, kv = model->kv_dim;
     size_t heads = (size_t)model->config.n_head, kv_heads = (size_t)model->config.n_kv_head;
-    layer_kept kept;
-    kept.x = take(region, n * c);
-    kept.u_attn = take(region, n * c);
+    layer_kept kept = {0};
     kept.rinv_attn = take(region, n);
     kept.q = take(region, n * c);
     kept.rinv_q = take(region, n * heads);
@@ -145,12 +157,13 @@ static layer_kept take_kept(poe_stage *stage, size_t n)
 static void lay_out_layers(poe_stage *stage, size_t n)
 {
     for (int i = 0; i < stage->n_layers; i++) {
-        bool alone = stage->settings.training || i == 0;
-        stage->layers[i].kept = alone ? take_kept(stage, n) : stage->layers[0].kept;
+        layer_kept *kept = &stage->layers[i].kept, *first = &stage->layers[0].kept;
+        /* Without training the output of `mid` alone is read after the next layer's forward. */
+        bool own_x = stage->settings.training || i == 0 || i == stage->mid;
+        *kept = keeps_blocks(stage) || i == 0 ? take_block(stage, n) : *first;
+        kept->x = own_x ? take(&stage->regions[ACTIVATIONS], n * (size_t)stage->model->config.n_embd) : first->x;
+        kept->u_attn = take_norm(stage, n);
     }
-    /* Layers that share their memory must leave this one output alone: it is read after the last layer. */
-    if (stage->mid >= 0 && !stage->settings.training)
-        stage->layers[stage->mid].kept.x = take(&stage->regions[ACTIVATIONS], n * (size_t)stage->model->config.n_embd);
 }
 
 static void lay_out_backward(poe_stage *stage, size_t n)
@@ -174,13 +187,13 @@ static void lay_out_activations(poe_stage *stage)
     size_t t = (size_t)model->config.sequence_len, n = stage->settings.rows * t, c = (size_t)model->config.n_embd;
     stage->cos = take(region, t * model->head_size / 2);
     stage->sin = take(region, t * model->head_size / 2);
-    stage->e = take(region, n * c);
     stage->rinv_e = take(region, n);
     stage->sig = take(region, n);
     stage->x0 = take(region, n * c);
     stage->u = take(region, n * c);
     stage->rinv = take(region, n);
     stage->wide = take(region, n * (model->mlp_dim > c ? model->mlp_dim : c));
+    stage->e = take_norm(stage, n);
     lay_out_layers(stage, n);
     if (stage->settings.training)
         lay_out_backward(stage, n);

@@ -15,10 +15,20 @@
 
 typedef struct poe_stage poe_stage;
 
+/* What backward computes again instead of keeping it: memory for time, the results are the same bit for bit. */
+typedef enum poe_recompute {
+    POE_RECOMPUTE_NONE,
+    POE_RECOMPUTE_NORMS, /* what takes element passes only: the normalised embedding and the inputs of attention */
+    POE_RECOMPUTE_BLOCK, /* that, and every layer's forward but its last product: only outputs of layers are kept */
+    POE_RECOMPUTE_COUNT,
+} poe_recompute;
+const char *poe_recompute_name(poe_recompute recompute); /* "none", "norms", "block" */
+
 typedef struct poe_stage_settings {
-    int stage;          /* 0..K-1 */
-    size_t rows;        /* B: the most rows of a micro-batch */
-    bool training;      /* false: parameters and forward activations only */
+    int stage;               /* 0..K-1 */
+    size_t rows;             /* B: the most rows of a micro-batch */
+    bool training;           /* false: parameters and forward activations only */
+    poe_recompute recompute; /* training only */
 } poe_stage_settings;
 
 /* Bytes of each arena, computed without allocating any (for the start-up table and --dry-run). The backend's scratch
@@ -52,11 +62,11 @@ void poe_stage_parameters_changed(poe_stage *stage);
 
 /* Forward of one micro-batch: b rows (<= B) of t positions (<= T). idx (b,t) in 0..V-1. h_in (b,t,C): the previous
  * stage's output, detached; NULL on stage 0, which starts from x0. h_out (b,t,C); NULL: nobody wants it. Everything
- * backward needs is kept until the next forward. All pointers are borrowed; idx and h_in must stay until
+ * backward needs is kept, or can be made again, until it is done. All pointers are borrowed; idx and h_in must stay until
  * poe_stage_backward() is done. */
 void poe_stage_forward(poe_stage *stage, size_t b, size_t t, const int32_t *idx, const float *h_in, float *h_out);
 
-/* Loss of the last forward against targets (b,t) (negative: ignored), and the local backward pass, gradients of
+/* Once after each forward: its loss against targets (b,t) (negative: ignored), and the local backward pass, gradients of
  * loss * stage weight / n_micro added to those of the step. Stage weight: 1 / K^(1 - alpha); 1 for bp. *loss: mean nats
  * over targets >= 0, unweighted. POE_NUMERIC when it is NaN or Inf (not said: the caller knows the step); the
  * gradients are then of no use. */

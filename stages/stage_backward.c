@@ -55,15 +55,18 @@ static void attention_core_backward(poe_stage *stage, stage_layer *layer)
                          hs);
 }
 
-static void attention_backward(poe_stage *stage, stage_layer *layer)
+static void attention_backward(poe_stage *stage, int i)
 {
     const poe_ops *ops = stage->backend->ops;
     poe_backend *be = stage->backend;
+    stage_layer *layer = &stage->layers[i];
     const layer_kept *kept = &layer->kept;
     const layer_tensors *w = &layer->w, *g = &layer->g;
     const poe_model *model = stage->model;
     size_t n = stage->b * stage->t, c = (size_t)model->config.n_embd, kv = model->kv_dim;
     attention_core_backward(stage, layer);
+    if (!keeps_norms(stage))
+        poe_stage_mix(stage, i, stage->du);
     product_dw(stage, g->q, stage->dq, kept->u_attn, c, c);
     product_dw(stage, g->k, stage->dk, kept->u_attn, c, kv);
     product_dw(stage, g->v, stage->dv, kept->u_attn, c, kv);
@@ -107,8 +110,10 @@ static void layers_backward(poe_stage *stage)
         stage_layer *layer = &stage->layers[i];
         if (i == stage->mid)
             ops->add(stage->backend, stage->dx, stage->dmid, n * c);
+        if (!keeps_blocks(stage) && i < stage->n_layers - 1) /* the last layer's is still there */
+            poe_stage_run_layer(stage, i);
         mlp_backward(stage, layer);
-        attention_backward(stage, layer);
+        attention_backward(stage, i);
         bool detached = i == 0 && stage->h_in;
         ops->mix_backward(stage->backend, detached ? NULL : stage->dx, stage->dx0, layer->g.resid, layer->g.x0,
                           stage->dx, layer_input(stage, i), stage->x0, layer->w.resid, layer->w.x0, n, c);
@@ -122,6 +127,8 @@ static void embed_backward(poe_stage *stage)
     const poe_ops *ops = stage->backend->ops;
     size_t b = stage->b, t = stage->t, c = (size_t)stage->model->config.n_embd;
     float *de = stage->du;
+    if (!keeps_norms(stage))
+        poe_stage_embed(stage);
     ops->smear_backward(stage->backend, de, stage->g.smear_gate, stage->g.smear_lambda, stage->dx0, stage->e,
                         stage->sig, stage->w.smear_gate, stage->w.smear_lambda, b, t, c);
     ops->embed_backward(stage->backend, stage->g.wte, de, stage->e, stage->rinv_e, stage->idx, b * t, c);

@@ -11,18 +11,32 @@ static void product(poe_stage *stage, float *y, const float *x, const float *w, 
     stage->backend->ops->matmul(stage->backend, y, out, x, in, w, stage->b * stage->t, in, out, accumulate);
 }
 
-/* e = norm(wte[idx]), x0 = smear(e) */
-static void embed(poe_stage *stage)
+void poe_stage_embed(poe_stage *stage)
 {
-    const poe_ops *ops = stage->backend->ops;
-    size_t b = stage->b, t = stage->t, c = (size_t)stage->model->config.n_embd;
-    float eps = (float)stage->model->config.norm_eps;
-    ops->embed_forward(stage->backend, stage->e, stage->rinv_e, stage->idx, stage->w.wte, b * t, c, eps);
-    ops->smear_forward(stage->backend, stage->x0, stage->sig, stage->e, stage->w.smear_gate, stage->w.smear_lambda, b,
-                       t, c);
+    stage->backend->ops->embed_forward(stage->backend, stage->e, stage->rinv_e, stage->idx, stage->w.wte,
+                                       stage->b * stage->t, (size_t)stage->model->config.n_embd,
+                                       (float)stage->model->config.norm_eps);
 }
 
-/* x += attn(norm(x)) */
+/* x0 = smear(e) */
+static void smear(poe_stage *stage)
+{
+    stage->backend->ops->smear_forward(stage->backend, stage->x0, stage->sig, stage->e, stage->w.smear_gate,
+                                       stage->w.smear_lambda, stage->b, stage->t,
+                                       (size_t)stage->model->config.n_embd);
+}
+
+void poe_stage_mix(poe_stage *stage, int i, float *x)
+{
+    const poe_ops *ops = stage->backend->ops;
+    stage_layer *layer = &stage->layers[i];
+    size_t n = stage->b * stage->t, c = (size_t)stage->model->config.n_embd;
+    ops->mix_forward(stage->backend, x, layer_input(stage, i), stage->x0, layer->w.resid, layer->w.x0, n, c);
+    ops->norm_forward(stage->backend, layer->kept.u_attn, layer->kept.rinv_attn, x, n, c,
+                      (float)stage->model->config.norm_eps);
+}
+
+/* x += attn(u_attn) */
 static void attention(poe_stage *stage, stage_layer *layer)
 {
     const poe_ops *ops = stage->backend->ops;
@@ -34,7 +48,6 @@ static void attention(poe_stage *stage, stage_layer *layer)
     size_t c = (size_t)stage->model->config.n_embd, kv = stage->model->kv_dim;
     float eps = (float)stage->model->config.norm_eps;
 
-    ops->norm_forward(be, kept->u_attn, kept->rinv_attn, kept->x, n, c, eps);
     product(stage, kept->q, kept->u_attn, w->q, c, c, false);
     product(stage, kept->k, kept->u_attn, w->k, c, kv, false);
     product(stage, kept->v, kept->u_attn, w->v, c, kv, false);
@@ -47,16 +60,24 @@ static void attention(poe_stage *stage, stage_layer *layer)
     product(stage, kept->x, kept->y, w->proj, c, c, true);
 }
 
-/* x += mlp(norm(x)) */
-static void mlp(poe_stage *stage, stage_layer *layer)
+void poe_stage_run_layer(poe_stage *stage, int i)
 {
-    const poe_ops *ops = stage->backend->ops;
+    stage_layer *layer = &stage->layers[i];
     layer_kept *kept = &layer->kept;
-    size_t n = stage->b * stage->t, c = (size_t)stage->model->config.n_embd, inner = stage->model->mlp_dim;
-    ops->norm_forward(stage->backend, kept->u_mlp, kept->rinv_mlp, kept->x, n, c, (float)stage->model->config.norm_eps);
-    product(stage, kept->f, kept->u_mlp, layer->w.fc, c, inner, false);
-    ops->relu2_forward(stage->backend, stage->wide, kept->f, n * inner);
-    product(stage, kept->x, stage->wide, layer->w.mlp_proj, inner, c, true);
+    size_t n = stage->b * stage->t, c = (size_t)stage->model->config.n_embd;
+    poe_stage_mix(stage, i, kept->x);
+    attention(stage, layer);
+    stage->backend->ops->norm_forward(stage->backend, kept->u_mlp, kept->rinv_mlp, kept->x, n, c,
+                                      (float)stage->model->config.norm_eps);
+    product(stage, kept->f, kept->u_mlp, layer->w.fc, c, stage->model->mlp_dim, false);
+}
+
+/* x += relu(f)^2 W^T */
+static void finish_layer(poe_stage *stage, stage_layer *layer)
+{
+    size_t c = (size_t)stage->model->config.n_embd, inner = stage->model->mlp_dim;
+    stage->backend->ops->relu2_forward(stage->backend, stage->wide, layer->kept.f, stage->b * stage->t * inner);
+    product(stage, layer->kept.x, stage->wide, layer->w.mlp_proj, inner, c, true);
 }
 
 /* u = norm(h), h the last layer's output, less backout */
@@ -91,13 +112,11 @@ void poe_stage_forward(poe_stage *stage, size_t b, size_t t, const int32_t *idx,
     stage->idx = idx;
     stage->h_in = h_in;
     refresh_head(stage);
-    embed(stage);
+    poe_stage_embed(stage);
+    smear(stage);
     for (int i = 0; i < stage->n_layers; i++) {
-        stage_layer *layer = &stage->layers[i];
-        ops->mix_forward(stage->backend, layer->kept.x, layer_input(stage, i), stage->x0, layer->w.resid, layer->w.x0,
-                         n, c);
-        attention(stage, layer);
-        mlp(stage, layer);
+        poe_stage_run_layer(stage, i);
+        finish_layer(stage, &stage->layers[i]);
     }
     finish(stage);
     if (h_out)

@@ -34,10 +34,11 @@ typedef struct shared_tensors {
     float *wte, *head, *smear_gate, *smear_lambda;
 } shared_tensors;
 
-/* What backward needs of a layer's forward; N rows. Without training all layers use the same. */
+/* What backward needs of a layer's forward; N rows. Layers whose values are made again, or not wanted any more, use the
+ * same memory. */
 typedef struct layer_kept {
     float *x;                  /* (N,C) the layer's output */
-    float *u_attn, *rinv_attn; /* (N,C), (N) normalised input of attention */
+    float *u_attn, *rinv_attn; /* (N,C), (N) normalised input of attention; see keeps_norms() */
     float *q, *rinv_q, *k, *rinv_k,
         *v;                  /* (N,C), (N,NH), (N,NKV*HS), (N,NKV), (N,NKV*HS) after rotary, value embedding */
     float *gate;             /* (N,NKV) */
@@ -68,7 +69,7 @@ struct poe_stage {
     float *backout, *d_backout;
 
     float *cos, *sin;             /* (T,HS/2) */
-    float *e, *rinv_e, *sig, *x0; /* (N,C), (N), (N), (N,C) */
+    float *e, *rinv_e, *sig, *x0; /* (N,C), (N), (N), (N,C); for e see keeps_norms() */
     float *u, *rinv;              /* (N,C), (N) the head's input */
     float *wide;                  /* (N, max(mlp,C)) scratch */
     float *dx, *dx0, *du, *dmid;  /* (N,C); dmid only with backout */
@@ -79,6 +80,18 @@ struct poe_stage {
     const int32_t *idx;
     const float *h_in; // may be NULL
 };
+
+/* Else the normalised embedding and attention's inputs are made in the scratch `wide`, again in backward. */
+static inline bool keeps_norms(const poe_stage *stage)
+{
+    return stage->settings.training && stage->settings.recompute < POE_RECOMPUTE_NORMS;
+}
+
+/* Else all layers use layer 0's memory for all but their outputs, and backward runs their forward again. */
+static inline bool keeps_blocks(const poe_stage *stage)
+{
+    return stage->settings.training && stage->settings.recompute < POE_RECOMPUTE_BLOCK;
+}
 
 /* The input of layer i (counted within the stage). */
 static inline const float *layer_input(const poe_stage *stage, int i)
@@ -103,5 +116,12 @@ static inline poe_attention_shape attention_shape(const poe_stage *stage, const 
                                  .head_size = stage->model->head_size,
                                  .window = (size_t)layer->shape->window};
 }
+
+/* e = norm(wte[idx]) */
+void poe_stage_embed(poe_stage *stage);
+/* Layer i's input of attention, from its input: x, and u_attn = norm(x). */
+void poe_stage_mix(poe_stage *stage, int i, float *x);
+/* Forward of layer i as far as backward needs it: all but the mlp's last product, which x still lacks then. */
+void poe_stage_run_layer(poe_stage *stage, int i);
 
 #endif

@@ -286,7 +286,7 @@ static bool agree(poe_comm *comm)
 {
     int rank = poe_comm_rank(comm), size = poe_comm_size(comm);
     CHECK_INT(poe_comm_agree(comm, POE_OK), POE_OK);
-    poe_log_hold(true);
+    poe_log_hold();
     poe_error("rank %d holds this", rank);
     poe_status mine = rank >= size / 2 ? rank == size / 2 ? POE_BAD_INPUT : POE_FAILED : POE_OK;
     CHECK_INT(poe_comm_agree(comm, mine), POE_BAD_INPUT);

@@ -35,15 +35,15 @@ static inline void chain_require(int condition, const char *what)
     exit(1);
 }
 
-static inline void chain_open(stage_chain *chain, const poe_model *model, size_t rows, bool training,
-                              const chain_backend *kind)
+static inline void chain_open_recomputing(stage_chain *chain, const poe_model *model, size_t rows, bool training,
+                                          const chain_backend *kind, poe_recompute recompute)
 {
     memset(chain, 0, sizeof(*chain));
     chain->model = model;
     chain->kind = kind;
     chain->n_stages = model->config.n_stages;
     for (int k = 0; k < chain->n_stages; k++) {
-        poe_stage_settings settings = {.stage = k, .rows = rows, .training = training};
+        poe_stage_settings settings = {.stage = k, .rows = rows, .training = training, .recompute = recompute};
         poe_backend_limits limits;
         poe_stage_limits(model, &settings, &limits);
         chain_require(kind->create(&limits, &chain->backends[k]) == POE_OK, "a backend");
@@ -52,6 +52,12 @@ static inline void chain_open(stage_chain *chain, const poe_model *model, size_t
         chain_require(chain->h[k] != NULL, "memory");
     }
     chain->shared_floats = poe_stage_shared_table(chain->stages[0])->floats;
+}
+
+static inline void chain_open(stage_chain *chain, const poe_model *model, size_t rows, bool training,
+                              const chain_backend *kind)
+{
+    chain_open_recomputing(chain, model, rows, training, kind, POE_RECOMPUTE_NONE);
 }
 
 static inline void chain_close(stage_chain *chain)

@@ -472,7 +472,7 @@ static void check_mutations(void)
     free(steps);
     poe_log *log = poe_log_create(0, 1);
     poe_log_attach(log);
-    poe_log_hold(true);
+    poe_log_hold();
     for (int round = 0; round < 1500; round++) {
         char *good;
         size_t size;

@@ -232,7 +232,7 @@ int main(void)
     check_sentences();
     poe_log *log = poe_log_create(0, 1); /* holds the sentences that the refusals say */
     poe_log_attach(log);
-    poe_log_hold(true);
+    poe_log_hold();
     check_refusals();
     check_mutations("m.jsonl",
                     TEXT("{\"text\": \"one \\u00e9 \xC3\xA9\", \"n\": 1}\n{\"a\": [], \"text\": \"two\"}\n"));

@@ -143,7 +143,7 @@ int main(void)
     check_whole_files();
     poe_log *log = poe_log_create(0, 1); /* holds the sentences that the refusals say */
     poe_log_attach(log);
-    poe_log_hold(true);
+    poe_log_hold();
     check_refusals();
     check_full_disk();
     poe_log_settle(false);

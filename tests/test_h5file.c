@@ -98,7 +98,7 @@ static void check_refused(void)
 {
     char path[POE_PATH_MAX];
     in_folder(path, "good.h5");
-    poe_log_hold(true);
+    poe_log_hold();
     for (int question = 0; question < 5; question++) {
         poe_h5 *file;
         poe_status status = POE_OK;
@@ -144,7 +144,7 @@ static void check_full_disk(void)
     signal(SIGXFSZ, SIG_IGN);
     getrlimit(RLIMIT_FSIZE, &before);
     small = before;
-    poe_log_hold(true);
+    poe_log_hold();
     for (small.rlim_cur = 0; small.rlim_cur < 65536; small.rlim_cur += 512) {
         setrlimit(RLIMIT_FSIZE, &small);
         poe_status status = write_file(path);

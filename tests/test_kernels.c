@@ -9,7 +9,7 @@
 #include "stages/cpu/cpu.h"
 #include "tests/check.h"
 
-/* --- harness: a case draws inputs, runs an operation, records its results and checks them --------------------------- */
+/* --- harness: a case draws inputs, runs an operation, records its results and checks them ------------------------- */
 
 enum { MAX_THREADS = 3, MAX_PIECES = 256 };
 

@@ -182,7 +182,7 @@ static poe_log *test_log;
 static void check_refused(const char *what, poe_model_config config)
 {
     poe_model model;
-    poe_log_hold(true);
+    poe_log_hold();
     poe_status status = poe_model_init(&model, &config);
     poe_log_settle(false);
     if (status != POE_BAD_INPUT) {

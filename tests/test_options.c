@@ -126,6 +126,14 @@ static void test_flags(void)
     CHECK_INT(o.sync_every, 3);
     CHECK_INT(o.sync_delay, 0);
     poe_options_free(&o);
+    CHECK_INT(parse(&o, &command, "--recompute norms --memory-limit 1.5GiB"), POE_OK);
+    CHECK_STRING(o.recompute, "norms");
+    CHECK_INT(o.memory_limit, 3LL << 29);
+    poe_options_free(&o);
+    CHECK_INT(parse(&o, &command, "--memory-limit 4096"), POE_OK);
+    CHECK_STRING(o.recompute, "auto");
+    CHECK_INT(o.memory_limit, 4096);
+    poe_options_free(&o);
     CHECK_INT(parse(&o, &command, "--n-embd 3 --help"), POE_OK);
     CHECK(o.help);
     poe_options_free(&o);
@@ -162,6 +170,13 @@ static void test_refused_values(void)
     REFUSED("--sync", "--sync stale:2x");
     REFUSED("--sync", "--sync every");
     REFUSED("--sync", "--sync every:-3");
+    REFUSED("--memory-limit: found \"4GB\", allowed is a whole number of bytes, or a number with KiB", "--memory-limit 4GB");
+    REFUSED("--memory-limit", "--memory-limit 4.5");
+    REFUSED("--memory-limit", "--memory-limit -1");
+    REFUSED("--memory-limit", "--memory-limit MiB");
+    REFUSED("--memory-limit", "--memory-limit 1.2.3MiB");
+    REFUSED("--memory-limit", "--memory-limit 99999999TiB");
+    REFUSED("none, norms or block", "--recompute all");
     REFUSED("gradients back", "--objective hierarchical");
 }
 
@@ -291,6 +306,7 @@ static void test_round_trip(void)
 
     json_object_set_new(second, "threads", json_integer(9));
     json_object_set_new(second, "data", json_string("elsewhere"));
+    json_object_set_new(second, "memory_limit", json_string("1GiB"));
     CHECK(poe_options_difference(first, second, a, b) == NULL);
     json_object_set_new(second, "n_embd", json_integer(64));
     CHECK_STRING(poe_options_difference(first, second, a, b), "n_embd");
@@ -303,6 +319,7 @@ static void test_round_trip(void)
     json_decref(first);
     json_decref(second);
     CHECK(poe_options_resumable("num_iterations") && poe_options_resumable("data") && poe_options_resumable("out"));
+    CHECK(poe_options_resumable("recompute") && poe_options_resumable("memory_limit"));
     CHECK(!poe_options_resumable("n_embd") && !poe_options_resumable("seed") && !poe_options_resumable("sync"));
     CHECK(!poe_options_resumable("dtype"));
 }

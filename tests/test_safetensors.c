@@ -28,7 +28,7 @@ static void write_bytes(const char *path, const void *data, size_t size)
 static poe_status open_quietly(const char *path, poe_safetensors **file)
 {
     poe_log_attach(quiet);
-    poe_log_hold(true);
+    poe_log_hold();
     poe_status status = poe_safetensors_open(path, file);
     poe_log_settle(false);
     poe_log_attach(NULL);
@@ -137,7 +137,7 @@ static void check_incomplete(void)
             CHECK_INT(poe_safetensors_writer_write(writer, "wte.weight", 0, 15, values), POE_OK);
         if (given > 1)
             CHECK_INT(poe_safetensors_writer_write(writer, "wte.weight", 4, 2, values), POE_OK);
-        poe_log_hold(true);
+        poe_log_hold();
         CHECK_INT(poe_safetensors_writer_finish(writer), given == 1 ? POE_OK : POE_FAILED);
         poe_log_settle(false);
         CHECK_INT(access(path, F_OK), given == 1 ? 0 : -1);
@@ -257,7 +257,7 @@ static void check_full_disk(void)
     in_folder(temporary, "full.safetensors.tmp");
     CHECK_INT(symlink("/dev/full", temporary), 0);
     poe_log_attach(quiet);
-    poe_log_hold(true);
+    poe_log_hold();
     CHECK_INT(poe_safetensors_writer_create(path, &tensor, 1, &writer), POE_FAILED);
     poe_log_settle(false);
     poe_log_attach(NULL);

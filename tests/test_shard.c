@@ -126,7 +126,7 @@ int main(void)
     CHECK_INT(poe_read_file(path, "test", &good, &size), POE_OK);
     poe_log *log = poe_log_create(0, 1); /* holds the sentences that the refusals say */
     poe_log_attach(log);
-    poe_log_hold(true);
+    poe_log_hold();
     check_writer_refusals();
     check_refusals(good, size);
     check_mutations(good, size);

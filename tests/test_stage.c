@@ -94,11 +94,17 @@ static void randomise_stage(poe_stage *stage, uint64_t seed)
     poe_stage_parameters_changed(stage);
 }
 
-static void open_random(stage_chain *chain, const poe_model *model, bool training, const chain_backend *kind)
+static void open_random_recomputing(stage_chain *chain, const poe_model *model, bool training,
+                                    const chain_backend *kind, poe_recompute recompute)
 {
-    chain_open(chain, model, B, training, kind);
+    chain_open_recomputing(chain, model, B, training, kind, recompute);
     for (int k = 0; k < chain->n_stages; k++)
         randomise_stage(chain->stages[k], 11);
+}
+
+static void open_random(stage_chain *chain, const poe_model *model, bool training, const chain_backend *kind)
+{
+    open_random_recomputing(chain, model, training, kind, POE_RECOMPUTE_NONE);
 }
 
 static bool same_floats(const float *a, const float *b, size_t n)
@@ -475,6 +481,67 @@ static void check_evaluation(const chain_backend *kind, bool bp)
     chain_close(&eval);
 }
 
+/* Two micro-batches of different shapes, with a forward in between whose backward never comes, as in an evaluation. */
+static void run_mixed(stage_chain *chain, double *losses)
+{
+    chain_run(chain, B, T, idx, targets, 2, losses);
+    chain_run(chain, B, T - 1, idx + 1, NULL, 1, NULL);
+    chain_run(chain, 1, 7, idx + T, targets + T, 2, losses);
+}
+
+/* Whatever is kept or made again: losses, gradients, outputs and logits are the same, in less memory. */
+static void check_recompute_of(const poe_model *model, const chain_backend *kind)
+{
+    stage_chain chains[POE_RECOMPUTE_COUNT];
+    double losses[POE_RECOMPUTE_COUNT][3] = {{0}};
+    for (int r = 0; r < POE_RECOMPUTE_COUNT; r++) {
+        open_random_recomputing(&chains[r], model, true, kind, (poe_recompute)r);
+        run_mixed(&chains[r], losses[r]);
+    }
+    for (int r = 1; r < POE_RECOMPUTE_COUNT; r++) {
+        for (int k = 0; k < model->config.n_stages; k++) {
+            poe_stage *a = chains[0].stages[k], *b = chains[r].stages[k];
+            float z[2][7 * V];
+            poe_stage_logits(a, 0, 7, z[0]);
+            poe_stage_logits(b, 0, 7, z[1]);
+            CHECK(losses[r][k] == losses[0][k]);
+            CHECK(same_gradients(a, b));
+            CHECK(same_floats(chains[r].h[k], chains[0].h[k], B * T * C));
+            CHECK(same_floats(z[0], z[1], 7 * V));
+        }
+    }
+    for (int r = 0; r < POE_RECOMPUTE_COUNT; r++)
+        chain_close(&chains[r]);
+}
+
+static void check_recompute_memory(const poe_model *model)
+{
+    uint64_t before = UINT64_MAX;
+    for (int r = 0; r < POE_RECOMPUTE_COUNT; r++) {
+        poe_stage_settings settings = {.rows = B, .training = true, .recompute = (poe_recompute)r};
+        poe_stage_memory size;
+        CHECK_INT(poe_stage_size(model, &settings, &size), POE_OK);
+        CHECK(size.activations < before);
+        before = size.activations;
+    }
+}
+
+static void check_recompute(const chain_backend *kind)
+{
+    poe_model_config config = small_config(3, (int[]){3, 1, 2});
+    config.head = POE_HEAD_PER_STAGE;
+    poe_model model = small_model(&config);
+    check_recompute_of(&model, kind);
+    check_recompute_memory(&model);
+    for (int n_layers = 1; n_layers <= 4; n_layers++) { /* backout's layer: the last, the middle */
+        config = small_config(1, &n_layers);
+        config.objective = POE_OBJECTIVE_BP;
+        config.backout = true;
+        model = small_model(&config);
+        check_recompute_of(&model, kind);
+    }
+}
+
 static void check_not_finite(const chain_backend *kind)
 {
     poe_model_config config = small_config(1, (int[]){1});
@@ -568,7 +635,7 @@ static void check_memory_of(const poe_model *model, const poe_stage_settings *se
     CHECK_INT(live, 0);
     for (int n = 0; n < (settings->training ? 4 : 2); n++) {
         allowed = n;
-        poe_log_hold(true);
+        poe_log_hold();
         CHECK_INT(poe_stage_create(model, settings, &counting, &stage), POE_FAILED);
         poe_log_settle(false);
         CHECK_INT(live, 0);
@@ -611,6 +678,7 @@ int main(int argc, char **argv)
         check_micro_batches(kind);
         check_evaluation(kind, false);
         check_evaluation(kind, true);
+        check_recompute(kind);
         check_not_finite(kind);
         check_states(kind);
     }

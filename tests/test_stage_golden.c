@@ -187,13 +187,13 @@ static double step_gradients(stage_chain *chain, const golden *run, int step)
     return worst;
 }
 
-static void check_run(const char *name, const chain_backend *kind)
+static void check_run(const char *name, const chain_backend *kind, poe_recompute recompute)
 {
     golden run;
     stage_chain chain;
     sync_state sync;
     golden_open(&run, name);
-    chain_open(&chain, &run.model, (size_t)run.device_batch_size, true, kind);
+    chain_open_recomputing(&chain, &run.model, (size_t)run.device_batch_size, true, kind, recompute);
     sync_open(&sync, &run, chain.shared_floats);
     load(&chain, &run);
     double loss = 0, gradients = 0;
@@ -210,8 +210,8 @@ static void check_run(const char *name, const chain_backend *kind)
         bool last = step + 1 == run.optimizer.num_iterations;
         (sync.every ? sync_mean : sync_delayed)(&chain, &sync, &rates, last);
     }
-    printf("%-13s on %s: worst relative error of a loss %.1e, a gradient %.1e, a final weight %.1e\n", name, kind->name,
-           loss, gradients, compare_weights(&chain, &run));
+    printf("%-13s on %s, --recompute %s: worst relative error of a loss %.1e, a gradient %.1e, a final weight %.1e\n", name,
+           kind->name, poe_recompute_name(recompute), loss, gradients, compare_weights(&chain, &run));
     sync_close(&sync);
     chain_close(&chain);
     golden_close(&run);
@@ -224,7 +224,8 @@ int main(int argc, char **argv)
     if (!poe_test_shared())
         poe_test_skip("no golden runs: set POE_SHARED to the folder that holds golden/");
     for (int i = 0; i < GOLDEN_COUNT; i++)
-        check_run(golden_names[i], &cpu);
-    check_run(golden_names[0], &plain); /* one is enough of the slow one: every path is in it */
+        for (int r = 0; r < POE_RECOMPUTE_COUNT; r++)
+            check_run(golden_names[i], &cpu, (poe_recompute)r);
+    check_run(golden_names[0], &plain, POE_RECOMPUTE_NONE); /* one is enough of the slow one: every path is in it */
     return check_result();
 }

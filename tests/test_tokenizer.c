@@ -438,7 +438,7 @@ static void check_fuzz(void) {
         poe_encoder *e = NULL;
         const int32_t *ids;
         size_t n = i % 2 ? mutate(&rng, data, size, bad) : mutate_mildly(&rng, data, size, bad), count;
-        poe_log_hold(true);
+        poe_log_hold();
         poe_status status = poe_tokenizer_parse("fuzz", bad, n, &t);
         CHECK(status == POE_OK || status == POE_BAD_INPUT);
         CHECK((status == POE_OK) == (t != NULL));

@@ -127,11 +127,7 @@ static poe_status make_shards(const poe_options *options)
     part train = {0}, val = {0};
     poe_tokenizer *tokenizer = NULL;
     bool own_val = options->val_data.count > 0;
-    poe_status status = poe_make_directories(options->out);
-    if (status == POE_OK)
-        status = poe_check_writable(options->out, "--out");
-    if (status == POE_OK)
-        status = open_documents(options, &options->data, &train.documents);
+    poe_status status = open_documents(options, &options->data, &train.documents);
     if (status == POE_OK && own_val)
         status = open_documents(options, &options->val_data, &val.documents);
     if (status == POE_OK) {
@@ -141,8 +137,12 @@ static poe_status make_shards(const poe_options *options)
         val.last = own_val ? poe_documents_count(val.documents) : n;
         if (!own_val)
             val.documents = train.documents;
-        status = make_tokenizer(options, train, &tokenizer);
+        status = poe_make_directories(options->out);
     }
+    if (status == POE_OK)
+        status = poe_check_writable(options->out, "--out");
+    if (status == POE_OK)
+        status = make_tokenizer(options, train, &tokenizer);
     if (status == POE_OK)
         status = write_all(options->out, train, val, tokenizer);
     poe_tokenizer_destroy(tokenizer);

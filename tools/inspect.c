@@ -133,9 +133,15 @@ static poe_status inspect_file(const char *path)
     size_t n = strlen(path);
     if (n > 12 && strcmp(path + n - 12, ".safetensors") == 0)
         return inspect_safetensors(path);
-    const char *slash = strrchr(path, '/');
+    const char *slash = strrchr(path, '/'), *name = slash ? slash + 1 : path;
     poe_status status = poe_path(folder, "%.*s", slash ? (int)(slash - path) : 1, slash ? path : ".");
-    return status == POE_OK ? inspect_checkpoint(folder, slash ? slash + 1 : path) : status;
+    if (status != POE_OK)
+        return status;
+    n = strlen(name);
+    if (n > 3 && strcmp(name + n - 3, ".h5") == 0 && exists(folder, "manifest.json"))
+        return inspect_checkpoint(folder, name);
+    poe_error("%s is neither a checkpoint, nor a file of one, nor a .safetensors", path);
+    return POE_BAD_INPUT;
 }
 
 static poe_status inspect(const char *path)

@@ -137,6 +137,8 @@ static int final_status(int status, int stop, bool forced)
         return 128 + stop;
     if (!stop && WIFSIGNALED(status))
         poe_error("mpiexec was ended by signal %d (%s)", WTERMSIG(status), strsignal(WTERMSIG(status)));
+    else if (!stop && !stopped && code > 128)
+        poe_error("a rank was ended by signal %d (%s)", code - 128, strsignal(code - 128));
     return code;
 }
 

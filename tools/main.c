@@ -69,7 +69,7 @@ int main(int argc, char **argv)
     /* Ranks do not outlive mpiexec, whatever ends it. */
     if (is_rank)
         prctl(PR_SET_PDEATHSIG, SIGKILL);
-    poe_log_hold(true);
+    poe_log_hold();
     poe_status parsed = poe_options_parse(argc, argv, &command, &options);
     int status = 0;
     if (parsed == POE_OK && (options.help || options.version))

@@ -24,6 +24,7 @@ typedef struct rank_job {
 /* This rank cannot go on, and the others cannot without it: the launcher ends them when it sees this status. */
 static _Noreturn void end_job(int exit_status)
 {
+    poe_log_settle(true);
     poe_temporary_remove_all();
     fflush(NULL);
     _exit(exit_status);
@@ -33,6 +34,7 @@ static poe_status run_body(poe_comm *comm, const rank_job *job)
 {
     poe_control_add(comm);
     poe_status status = job->body(comm, job->options);
+    poe_log_settle(true);
     poe_control_remove(comm);
     if (status != POE_OK && status != POE_BAD_INPUT && status != POE_INTERRUPTED)
         end_job(poe_exit_status(status));
@@ -45,7 +47,7 @@ static void *run_thread(void *arg)
     rank_job *job = arg;
     poe_log *log = poe_log_create(job->rank, job->size);
     poe_log_attach(log);
-    poe_log_hold(true);
+    poe_log_hold();
     poe_comm_settings settings = {.deadline = job->options->deadline};
     poe_comm *comm;
     job->status = poe_comm_create(job->transport, &settings, &comm);
@@ -125,10 +127,8 @@ int poe_ranks_mpi(const poe_options *options, poe_status parse_status, poe_rank_
     poe_status status = poe_control_start(!getenv("POE_PIPE_LAUNCHER"));
     if (status == POE_OK)
         status = poe_mpi_start(&job.rank, &job.size);
-    if (status != POE_OK) {
-        poe_log_settle(true);
+    if (status != POE_OK)
         end_job(poe_exit_status(status));
-    }
     if (job.size == 1) {
         poe_control_stop();
         poe_log_settle(true);

@@ -83,26 +83,32 @@ static poe_status open_metrics(poe_run *r)
     char *path = malloc(POE_PATH_MAX), previous[POE_PATH_MAX];
     if (!path)
         return POE_FAILED;
+    bool evaluated_again = r->corpus.n_eval && r->first_step == r->options->num_iterations;
     poe_status status = poe_path(path, "%s/%s", r->out, name);
     if (status == POE_OK)
-        status = poe_path(previous, "%s/../../%s", r->resumed, name);
+        status = poe_path(previous, "%s/%s", r->resumed_run, name);
     if (status == POE_OK)
-        status = poe_metrics_open(&r->metrics, path, r->resumed[0] ? previous : NULL, r->first_step);
+        status = poe_metrics_open(&r->metrics, path, r->resumed_run[0] ? previous : NULL, r->first_step,
+                                  r->first_step - evaluated_again);
     return status;
 }
 
 /* The run's folder: configuration and tokenizer (on every host), metrics (at the last rank), checkpoints. */
 static poe_status prepare_folder(poe_run *r)
 {
-    poe_status status = poe_checkpoint_store_open(r->comm, r->out, r->options->keep, &r->store);
+    poe_status status = r->rank == 0 && r->resumed[0] ? describe_changes(r) : POE_OK;
+    status = poe_comm_agree(r->comm, status);
+    if (status != POE_OK)
+        return status;
+    status = poe_checkpoint_store_open(r->comm, r->out, r->options->keep, &r->store);
+    if (status == POE_OK && poe_checkpoint_store_leads(r->store))
+        status = poe_checkpoint_store_abandon(r->store, r->first_step);
     if (status == POE_OK && poe_checkpoint_store_leads(r->store))
         status = write_config(r);
     if (status == POE_OK && r->rank == 0)
         status = write_tokenizer(r);
     if (status == POE_OK && is_last(r))
         status = open_metrics(r);
-    if (status == POE_OK && r->rank == 0 && r->resumed[0])
-        status = describe_changes(r);
     return poe_comm_agree(r->comm, status);
 }
 

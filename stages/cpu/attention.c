@@ -31,15 +31,9 @@ static attention attention_init(poe_cpu *cpu, const poe_attention_shape *shape)
                        .blocks = poe_parts(shape->t, BLOCK_ROWS)};
 }
 
-/* Floats from row to row of a block's scores. */
-static size_t score_ld(size_t t)
-{
-    return poe_parts(t, 16) * 16;
-}
-
 static void take_scratch(attention *a, poe_cpu *cpu, size_t matrices)
 {
-    a->thread_scratch = BLOCK_ROWS * (matrices * score_ld(a->shape->t) + 16);
+    a->thread_scratch = BLOCK_ROWS * (matrices * poe_padded(a->shape->t) + 16);
     poe_cpu_scratch_reset(cpu);
     a->scratch = poe_cpu_scratch_floats(cpu, (size_t)poe_team_size(cpu->team) * a->thread_scratch);
 }
@@ -47,7 +41,7 @@ static void take_scratch(attention *a, poe_cpu *cpu, size_t matrices)
 size_t poe_cpu_attention_scratch(const poe_backend_limits *limits, int n_threads)
 {
     size_t matrices = limits->training ? 2 : 1;
-    return (size_t)n_threads * BLOCK_ROWS * (matrices * score_ld(limits->t) + 16) * sizeof(float);
+    return (size_t)n_threads * BLOCK_ROWS * (matrices * poe_padded(limits->t) + 16) * sizeof(float);
 }
 
 static poe_score_block score_block(const poe_attention_shape *shape, size_t index)
@@ -56,7 +50,7 @@ static poe_score_block score_block(const poe_attention_shape *shape, size_t inde
     size_t first_key = first > shape->window ? first - shape->window : 0;
     return (poe_score_block){.rows = rows,
                              .cols = first + rows - first_key,
-                             .ld = score_ld(shape->t),
+                             .ld = poe_padded(shape->t),
                              .first_query = first,
                              .first_key = first_key,
                              .window = shape->window};

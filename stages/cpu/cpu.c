@@ -2,6 +2,7 @@
  * The backend as an object: which kernels the processor can run, the table of operations, the team, the scratch. */
 #include "stages/cpu/cpu.h"
 
+#include <cblas.h>
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
@@ -113,6 +114,7 @@ poe_status poe_cpu_create(poe_kernels kernels, int n_threads, const poe_backend_
         poe_error("cannot allocate the CPU backend: %s", strerror(errno));
         return POE_FAILED;
     }
+    openblas_set_num_threads(1); /* the threads are ours */
     cpu->base.ops = &cpu->ops;
     cpu->vector = vectors[kernels];
     cpu->ops.name = "cpu";

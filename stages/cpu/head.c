@@ -26,15 +26,10 @@ typedef struct head {
     float *inverse, *factor; /* (rows): 1 / sum of all exp(z); weight of the row's gradient */
 } head;
 
-static size_t logits_ld(size_t v)
-{
-    return poe_parts(v, 16) * 16 + 16; /* never a multiple of a page: its rows would share cache sets */
-}
-
 size_t poe_cpu_head_scratch(const poe_backend_limits *limits)
 {
     size_t v = limits->vocab_padded, tiles = poe_parts(v, TILE_COLUMNS);
-    return (CHUNK_ROWS * logits_ld(v) + (tiles + 2) * CHUNK_ROWS) * sizeof(float);
+    return (CHUNK_ROWS * poe_padded(v) + (tiles + 2) * CHUNK_ROWS) * sizeof(float);
 }
 
 static poe_logit_tile logit_tile(const head *a, size_t tile)
@@ -105,7 +100,7 @@ static void head_loss(poe_backend *be, double *loss, float *du, float *dw, const
               .v = v,
               .columns = columns,
               .tiles = poe_parts(v, columns),
-              .ld = logits_ld(v)};
+              .ld = poe_padded(v)};
     poe_cpu_scratch_reset(cpu);
     a.z = poe_cpu_scratch_floats(cpu, CHUNK_ROWS * a.ld);
     a.sums = poe_cpu_scratch_floats(cpu, a.tiles * CHUNK_ROWS);

@@ -44,6 +44,13 @@ static inline size_t poe_larger(size_t a, size_t b)
     return a > b ? a : b;
 }
 
+/* Floats from row to row of a scratch matrix with n columns: never a multiple of a page, whose rows share cache sets.
+ */
+static inline size_t poe_padded(size_t n)
+{
+    return poe_parts(n, 16) * 16 + 16;
+}
+
 static inline poe_cpu *poe_cpu_of(poe_backend *be)
 {
     return (poe_cpu *)be;

@@ -4,7 +4,7 @@
 
 #include "stages/cpu/internal.h"
 
-enum { GRAM_BLOCK = 256 };
+enum { GRAM_BLOCK = 128 };
 
 /* x^t for whole t >= 0, the same on every machine, as pow() is not. */
 static double power(double x, int64_t t)

@@ -4,9 +4,9 @@
 
 #include "stages/cpu/internal.h"
 
-/* Tiles of a result: small enough that a few threads share a product evenly, large enough that OpenBLAS's copying of
- * both operands into its own layout does not count. */
-enum { TILE_ROWS = 256, TILE_COLUMNS = 256 };
+/* Tiles of a result: large, for OpenBLAS copies both operands of each into its own layout, but so many that several
+ * threads share even a small product. */
+enum { LARGEST_SIDE = 512, SMALLEST_SIDE = 128, ENOUGH_TILES = 8 };
 
 size_t poe_cpu_products_scratch(const poe_backend_limits *limits, int n_threads)
 {
@@ -72,11 +72,21 @@ static void tile_task(void *arg, size_t task, int thread)
                      poe_smaller(t->columns, t->product->n - column));
 }
 
+static size_t cut(tiled *t, size_t most_rows, size_t most_columns)
+{
+    t->rows = poe_tile_side(t->product->m, most_rows);
+    t->columns = poe_tile_side(t->product->n, most_columns);
+    t->across = poe_parts(t->product->n, t->columns);
+    return poe_parts(t->product->m, t->rows) * t->across;
+}
+
 void poe_cpu_product(poe_cpu *cpu, const poe_product *p)
 {
-    tiled t = {cpu, p, poe_tile_side(p->m, TILE_ROWS), poe_tile_side(p->n, TILE_COLUMNS), 0};
-    t.across = poe_parts(p->n, t.columns);
-    poe_team_run(cpu->team, poe_parts(p->m, t.rows) * t.across, tile_task, &t);
+    tiled t = {.cpu = cpu, .product = p};
+    size_t tiles = cut(&t, LARGEST_SIDE, LARGEST_SIDE);
+    while (tiles < ENOUGH_TILES && poe_larger(t.rows, t.columns) >= 2 * SMALLEST_SIDE)
+        tiles = t.rows > t.columns ? cut(&t, t.rows / 2, t.columns) : cut(&t, t.rows, t.columns / 2);
+    poe_team_run(cpu->team, tiles, tile_task, &t);
 }
 
 static void matmul(poe_backend *be, float *y, size_t ldy, const float *x, size_t ldx, const float *w, size_t n,

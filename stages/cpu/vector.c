@@ -363,16 +363,34 @@ static void clear_outside(float *row, size_t begin, size_t end, size_t n)
     memset(row + end, 0, (n - end) * sizeof(*row));
 }
 
+/* The sum of e = exp(x - shift) over n, with x <- e where `keep`. */
+static inline float exp_sum(float *x, float shift, bool keep, size_t n)
+{
+    float lane[LANES] = {0};
+    size_t i = 0;
+    for (; i + LANES <= n; i += LANES)
+        for (size_t l = 0; l < LANES; l++) {
+            float e = exponential(x[i + l] - shift);
+            lane[l] += e;
+            if (keep)
+                x[i + l] = e;
+        }
+    for (size_t l = 0; i + l < n; l++) {
+        float e = exponential(x[i + l] - shift);
+        lane[l] += e;
+        if (keep)
+            x[i + l] = e;
+    }
+    return lanes_sum(lane);
+}
+
 static void softmax(float *s, float *inverse, float *lse, const poe_score_block *block)
 {
     for (size_t r = 0; r < block->rows; r++, s += block->ld) {
         size_t begin, end;
         visible(block, r, &begin, &end);
         float largest = row_max(s + begin, end - begin);
-        EACH
-        for (size_t i = begin; i < end; i++)
-            s[i] = exponential(s[i] - largest);
-        float total = row_sum(s + begin, end - begin);
+        float total = exp_sum(s + begin, largest, true, end - begin);
         clear_outside(s, begin, end, block->cols);
         inverse[r] = 1.0f / total;
         lse[r] = largest + (float)log((double)total);
@@ -412,25 +430,11 @@ static void row_dots(float *out, const float *a, size_t lda, const float *b, siz
 
 /* --- head -------------------------------------------------------------------------------------------------------- */
 
-/* The sum of exp(z) over n. No maximum is subtracted: z lies within the cap, where neither exp nor its sum overflows.
- */
-static float exp_sum(const float *z, size_t n)
-{
-    float lane[LANES] = {0};
-    size_t i = 0;
-    for (; i + LANES <= n; i += LANES)
-        for (size_t l = 0; l < LANES; l++)
-            lane[l] += exponential(z[i + l]);
-    for (size_t l = 0; i + l < n; l++)
-        lane[l] += exponential(z[i + l]);
-    return lanes_sum(lane);
-}
-
 static void capped_exp(float *z, float *sums, const poe_logit_tile *tile)
 {
     for (size_t r = 0; r < tile->rows; r++, z += tile->ld) {
         cap_row(z, tile->cols);
-        sums[r] = exp_sum(z, tile->cols);
+        sums[r] = exp_sum(z, 0.0f, false, tile->cols); /* no maximum: within the cap nothing overflows */
     }
 }
 

@@ -69,20 +69,15 @@ static inline float exp_slope(float r)
     return madd(q, r, 1.0f);
 }
 
-/* Within 2 ulp; below 2^-125 it is 0, so that no denormal number ever comes out. */
+/* For x <= 88, within 2 ulp. Below exp(-87.3) it is 0, so that no denormal number ever comes out. */
 static inline float exponential(float x)
 {
-    const float low = -86.9f, high = 88.72283f;
-    float inside = x < low ? low : x;
-    inside = inside > high ? high : inside;
-    split s = split_ln2(inside);
-    float half_scale = from_bits(s.exponent + (126u << 23));
-    float y = madd(exp_slope(s.r), s.r, 1.0f) * half_scale * 2.0f;
-    y = x < low ? 0.0f : y;
-    return x > high ? INFINITY : y;
+    split s = split_ln2(x);
+    float y = madd(exp_slope(s.r), s.r, 1.0f) * from_bits(s.exponent + (127u << 23));
+    return x < -87.3f ? 0.0f : y; /* there the exponent is none: whatever y is */
 }
 
-/* Within 3 ulp, also near 0: t / (t + 2) with t = exp(2|x|) - 1 formed without cancellation. */
+/* Within 4 ulp, also near 0: t / (t + 2) with t = exp(2|x|) - 1 formed without cancellation. */
 static inline float hyperbolic_tangent(float x)
 {
     float twice = 2.0f * fabsf(x);
@@ -95,7 +90,7 @@ static inline float hyperbolic_tangent(float x)
 
 static inline float sigmoid(float x)
 {
-    return 1.0f / (1.0f + exponential(-x));
+    return 1.0f / (1.0f + exponential(x < -87.0f ? 87.0f : -x));
 }
 
 /* --- reductions: x (n) ------------------------------------------------------------------------------------------- */
