@@ -90,6 +90,7 @@ static void test_defaults(void)
     CHECK_STRING(o.aggregate, "mean");
     CHECK_INT(o.sync_delay, 0);
     CHECK_INT(o.stage, -1);
+    CHECK_STRING(o.dtype, "fp32");
     CHECK(!o.out && !o.tokenizer && !o.dry_run);
     CHECK(o.data.count == 1 && strstr(o.data.paths[0], "/tinyshakespeare.txt") && !poe_options_given(&o, "data"));
     CHECK(!poe_options_given(&o, "n-embd"));
@@ -320,6 +321,7 @@ static void test_round_trip(void)
     CHECK(poe_options_resumable("num_iterations") && poe_options_resumable("data") && poe_options_resumable("out"));
     CHECK(poe_options_resumable("recompute") && poe_options_resumable("memory_limit"));
     CHECK(!poe_options_resumable("n_embd") && !poe_options_resumable("seed") && !poe_options_resumable("sync"));
+    CHECK(!poe_options_resumable("dtype"));
 }
 
 static void test_presets(void)
@@ -388,6 +390,7 @@ static void test_resume(void)
     CHECK_INT(o.num_iterations, 5);
     poe_options_free(&o);
     REFUSED("--n-embd: found 96, but the run of", "--resume %s/run --n-embd 96", folder);
+    REFUSED("--dtype: found \"bf16\", but the run of", "--resume %s/run --dtype bf16", folder);
     REFUSED("--size: found \"3b\", but the run of", "--resume %s/run --size 3b", folder);
     REFUSED("neither a run folder", "--resume %s/nothing", folder);
     REFUSED("no run was started in --out", "--resume latest --out %s/moved", folder);

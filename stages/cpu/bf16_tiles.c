@@ -199,12 +199,13 @@ static void dot_tiles(float *sums, const uint32_t *a, const uint32_t *b, size_t 
 /* The part of C that `sums` cover, from (row, column) on. */
 static void put(const poe_product *p, size_t row, size_t column, const float *sums)
 {
+    float alpha = p->alpha, beta = p->beta;
     size_t rows = p->m - row < 2 * SIDE ? p->m - row : 2 * SIDE;
     size_t columns = p->n - column < 2 * SIDE ? p->n - column : 2 * SIDE;
     for (size_t i = 0; i < rows; i++) {
         float *c = p->c + (row + i) * p->ldc + column;
         for (size_t j = 0; j < columns; j++)
-            c[j] = p->alpha * sums[i * 2 * SIDE + j] + (p->beta == 0.0f ? 0.0f : p->beta * c[j]);
+            c[j] = alpha * sums[i * 2 * SIDE + j] + (beta == 0.0f ? 0.0f : beta * c[j]);
     }
 }
 
