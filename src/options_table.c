@@ -87,7 +87,7 @@ const poe_option poe_option_table[] = {
     REAL("norm-eps", norm_eps, "1.1920929e-7", 1e-30, 1, TRAIN, FIXED, "added to the mean square in every norm"),
 #undef GROUP
 #define GROUP "Training"
-    INT("num-iterations", num_iterations, "150", 0, INT_MAX, TRAIN, CHANGEABLE, "steps"),
+    INT("num-iterations", num_iterations, "130", 0, INT_MAX, TRAIN, CHANGEABLE, "steps"),
     WORD("dtype", dtype, "fp32", "fp32|bf16", TRAIN, FIXED,
          "what the operands of matrix products are rounded to; sums, weights, optimiser stay fp32"),
     INT("device-batch-size", device_batch_size, "4", 1, 65536, TRAIN, FIXED, "rows of a micro-batch"),

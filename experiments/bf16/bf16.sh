@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: MIT
 # The main job of the README in fp32 and in bf16: both losses in one picture, final BPB in a table.
 #
-#     experiments/bf16/bf16.sh                        # 150 steps: about 10 minutes on 2 idle cores
+#     experiments/bf16/bf16.sh                        # 130 steps: about 9 minutes on 2 idle cores
 #     experiments/bf16/bf16.sh --num-iterations 40    # further flags go to both runs
 #
 # Expected: the curves lie on each other, within 1 % at every step. Leaves runs/bf16/: both runs, loss.png, table.txt.
