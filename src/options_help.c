@@ -43,7 +43,7 @@ static const char *const examples[] = {
         "second one ends at once. SIGUSR2 makes every rank say what it waits for.\n",
     [POE_COMMAND_GENERATE] = "  poe-pipe generate --checkpoint runs/a --prompt \"To be\"\n"
                              "  poe-pipe generate --checkpoint runs/a --prompt \"To be\" --prefix 1 --temperature 0\n",
-    [POE_COMMAND_INSPECT] = "  poe-pipe inspect runs/a/checkpoints/step-00000150\n",
+    [POE_COMMAND_INSPECT] = "  poe-pipe inspect runs/a/checkpoints/step-00000130\n",
     [POE_COMMAND_EXPORT] = "  poe-pipe export --checkpoint runs/a --export a.safetensors --export-dtype bf16\n",
     [POE_COMMAND_DATA] = "  poe-pipe data --data book.txt --out data/book --vocab-size 4096\n"
                          "  poe-pipe data --data a.jsonl --data b.jsonl --tokenizer tokenizer.json --out data/ab\n",
