@@ -2,6 +2,7 @@
 #include "pipeline/generate.h"
 
 #include <math.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -136,4 +137,12 @@ poe_status poe_generate(poe_evaluator *ev, const poe_sampling *sampling, const i
     }
     free(context);
     return status;
+}
+
+void poe_emit_text(void *tokenizer, int32_t token)
+{
+    size_t length;
+    const char *bytes = poe_tokenizer_bytes(tokenizer, token, &length);
+    fwrite(bytes, 1, length, stdout);
+    fflush(stdout);
 }

@@ -18,6 +18,8 @@ typedef struct poe_sampling {
 
 /* Called on rank 0 with each new token. */
 typedef void (*poe_emit)(void *arg, int32_t token);
+/* Writes the token's bytes to standard output; `tokenizer`: a const poe_tokenizer. */
+void poe_emit_text(void *tokenizer, int32_t token);
 
 /* Collective over ranks 0..last of the evaluator's comm, which must be all of them. `prompt` (n_prompt tokens, <|bos|>
  * first; n_prompt >= 1) counts on rank 0 alone. Ends after max_tokens or at the next <|bos|>. */

@@ -388,6 +388,16 @@ void poe_run_close(poe_run *r)
     json_decref(r->facts);
 }
 
+poe_status poe_run_do(poe_comm *comm, const poe_options *options, poe_purpose purpose, poe_status (*work)(poe_run *run))
+{
+    poe_run run;
+    poe_status status = poe_run_open(&run, comm, options, purpose);
+    if (status == POE_OK)
+        status = work(&run);
+    poe_run_close(&run);
+    return status;
+}
+
 /* --- sizes ------------------------------------------------------------------------------------------------------------------ */
 
 static poe_status size_with(const poe_options *o, const poe_model *model, int stage, int threads,

@@ -67,6 +67,13 @@ typedef struct poe_run {
  * stage, links. POE_BAD_INPUT or POE_FAILED on every rank, said by one. The caller calls poe_run_close() in any case. */
 poe_status poe_run_open(poe_run *run, poe_comm *comm, const poe_options *options, poe_purpose purpose);
 void poe_run_close(poe_run *run);
+/* Opens a run, does `work` on it, closes it: the body of a rank. */
+poe_status poe_run_do(poe_comm *comm, const poe_options *options, poe_purpose purpose, poe_status (*work)(poe_run *run));
+
+static inline bool poe_run_is_last(const poe_run *run)
+{
+    return run->rank == run->size - 1;
+}
 
 /* With --recompute, or else the first choice that fits --memory-limit (the last when none does). Computed without
  * allocating any of it. */

@@ -23,11 +23,6 @@ typedef struct trainer {
     uint32_t epoch;
 } trainer;
 
-static bool is_last(const poe_run *r)
-{
-    return r->rank == r->size - 1;
-}
-
 /* --- data ------------------------------------------------------------------------------------------------------------------- */
 
 /* Continues the running hash by a micro-batch's tokens: the same sequence of micro-batches gives the same value. */
@@ -150,7 +145,7 @@ static poe_status report_step(trainer *t, int64_t step, double dt)
     poe_status status = poe_streams_receive_report(&r->streams, step, t->losses);
     if (status == POE_OK)
         status = poe_streams_send_report(&r->streams, step, t->losses);
-    return status == POE_OK && is_last(r) ? write_step(t, step, dt) : status;
+    return status == POE_OK && poe_run_is_last(r) ? write_step(t, step, dt) : status;
 }
 
 /* --- evaluation and checkpoints ---------------------------------------------------------------------------------------------- */
@@ -163,7 +158,7 @@ static poe_status evaluate(trainer *t, int64_t step)
     if (status != POE_OK)
         return status;
     t->training->evaluated = true;
-    if (!is_last(r))
+    if (!poe_run_is_last(r))
         return POE_OK;
     poe_progress_evaluation(&t->progress, step, e, r->corpus.has_tokenizer);
     return poe_metrics_write(&r->metrics, poe_evaluation_json(e, step, r->corpus.has_tokenizer));
@@ -253,7 +248,7 @@ poe_status poe_train(poe_run *r, poe_training *training)
 {
     *training = (poe_training){.steps = r->first_step};
     trainer t = {.run = r, .training = training, .micro_batches = poe_settings_micro_batches(r->options)};
-    if (is_last(r))
+    if (poe_run_is_last(r))
         poe_progress_start(&t.progress, r);
     poe_status status = POE_OK;
     for (int64_t step = r->first_step; status == POE_OK && !t.stop && step < r->options->num_iterations; step++)
@@ -261,7 +256,7 @@ poe_status poe_train(poe_run *r, poe_training *training)
     bool interrupted = t.stop && training->steps < r->options->num_iterations;
     if (status == POE_OK && !interrupted)
         status = finish(&t);
-    if (is_last(r))
+    if (poe_run_is_last(r))
         poe_progress_end(&t.progress);
     return status == POE_OK && interrupted ? POE_INTERRUPTED : status;
 }

@@ -97,6 +97,11 @@ int poe_ranks_threads(int size, const poe_options *options, poe_rank_body body)
 
 static poe_status check_size(const poe_options *options, int size)
 {
+    if (strcmp(options->transport, "inproc") == 0) {
+        poe_error("--transport inproc runs all stages in one process, but %d ranks were started; start one, or give mpi",
+                  size);
+        return POE_BAD_INPUT;
+    }
     if (size == options->stages.count)
         return POE_OK;
     poe_error("--stages has %d stages, but %d ranks were started; start one rank per stage (mpiexec -n %d), or one for all",

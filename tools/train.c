@@ -19,11 +19,6 @@
 
 enum { SAMPLE_TOKENS = 120 };
 
-static bool is_last(const poe_run *run)
-{
-    return run->rank == run->size - 1;
-}
-
 /* --- before the first step ------------------------------------------------------------------------------------------------- */
 
 /* What differs from the run that goes on, and what that changes. */
@@ -53,6 +48,16 @@ static poe_status describe_changes(const poe_run *r)
     return POE_OK;
 }
 
+/* Takes the reference of `json`. */
+static poe_status write_json(const char *path, json_t *json)
+{
+    char *text = json_dumps(json, JSON_INDENT(1));
+    poe_status status = poe_write_file(path, text, strlen(text));
+    free(text);
+    json_decref(json);
+    return status;
+}
+
 static poe_status write_config(const poe_run *r)
 {
     char path[POE_PATH_MAX];
@@ -61,11 +66,7 @@ static poe_status write_config(const poe_run *r)
         return status;
     json_t *config = poe_options_json(r->options);
     poe_report_complete_config(r, config);
-    char *text = json_dumps(config, JSON_INDENT(1));
-    json_decref(config);
-    status = poe_write_file(path, text, strlen(text));
-    free(text);
-    return status;
+    return write_json(path, config);
 }
 
 static poe_status write_tokenizer(const poe_run *r)
@@ -107,21 +108,12 @@ static poe_status prepare_folder(poe_run *r)
         status = write_config(r);
     if (status == POE_OK && r->rank == 0)
         status = write_tokenizer(r);
-    if (status == POE_OK && is_last(r))
+    if (status == POE_OK && poe_run_is_last(r))
         status = open_metrics(r);
     return poe_comm_agree(r->comm, status);
 }
 
 /* --- after the last step --------------------------------------------------------------------------------------------------- */
-
-static void print_token(void *arg, int32_t token)
-{
-    const poe_tokenizer *tokenizer = arg;
-    size_t length;
-    const char *bytes = poe_tokenizer_bytes(tokenizer, token, &length);
-    fwrite(bytes, 1, length, stdout);
-    fflush(stdout);
-}
 
 static poe_status show_sample(poe_run *r)
 {
@@ -135,7 +127,7 @@ static poe_status show_sample(poe_run *r)
         bos = poe_tokenizer_bos(r->corpus.tokenizer);
         printf("\nsample (all stages, temperature %g, top-k %d):\n", sampling.temperature, sampling.top_k);
     }
-    poe_status status = poe_generate(&r->evaluator, &sampling, &bos, 1, bos, print_token, r->corpus.tokenizer);
+    poe_status status = poe_generate(&r->evaluator, &sampling, &bos, 1, bos, poe_emit_text, r->corpus.tokenizer);
     if (r->rank == 0)
         putchar('\n');
     return status;
@@ -170,7 +162,7 @@ static poe_status report(poe_run *r, const poe_training *t, bool interrupted)
         status = show_sample(r);
     if (status == POE_OK)
         status = poe_report_ranks(r, t);
-    if (status == POE_OK && is_last(r) && !interrupted)
+    if (status == POE_OK && poe_run_is_last(r) && !interrupted)
         status = draw_picture(r);
     if (status == POE_OK)
         status = poe_comm_barrier(r->comm, "the picture");
@@ -205,12 +197,7 @@ static poe_status train_run(poe_run *r)
 
 static poe_status train_rank(poe_comm *comm, const poe_options *options)
 {
-    poe_run run;
-    poe_status status = poe_run_open(&run, comm, options, POE_PURPOSE_TRAIN);
-    if (status == POE_OK)
-        status = train_run(&run);
-    poe_run_close(&run);
-    return status;
+    return poe_run_do(comm, options, POE_PURPOSE_TRAIN, train_run);
 }
 
 static poe_status write_evaluation(const poe_run *r, const poe_evaluation *e)
@@ -221,12 +208,7 @@ static poe_status write_evaluation(const poe_run *r, const poe_evaluation *e)
         status = poe_path(path, "%s/evaluation.json", r->options->out);
     if (status != POE_OK)
         return status;
-    json_t *json = poe_evaluation_json(e, r->first_step, r->corpus.has_tokenizer);
-    char *text = json_dumps(json, JSON_INDENT(1));
-    status = poe_write_file(path, text, strlen(text));
-    free(text);
-    json_decref(json);
-    return status;
+    return write_json(path, poe_evaluation_json(e, r->first_step, r->corpus.has_tokenizer));
 }
 
 static poe_status evaluate_run(poe_run *r)
@@ -249,12 +231,7 @@ static poe_status evaluate_run(poe_run *r)
 
 static poe_status evaluate_rank(poe_comm *comm, const poe_options *options)
 {
-    poe_run run;
-    poe_status status = poe_run_open(&run, comm, options, POE_PURPOSE_EVALUATE);
-    if (status == POE_OK)
-        status = evaluate_run(&run);
-    poe_run_close(&run);
-    return status;
+    return poe_run_do(comm, options, POE_PURPOSE_EVALUATE, evaluate_run);
 }
 
 /* --- the program ------------------------------------------------------------------------------------------------------------- */
@@ -304,7 +281,7 @@ int poe_train_main(int argc, char **argv, poe_options *options, poe_status parse
     if (status == POE_OK)
         poe_blas_ensure(kernels, argv);
     poe_rank_body body = options->eval_only ? evaluate_rank : train_rank;
-    if (launched && strcmp(options->transport, "inproc") != 0)
+    if (launched)
         return poe_ranks_mpi(options, status, body);
     poe_log_settle(true);
     return status == POE_OK ? poe_ranks_threads(options->stages.count, options, body) : poe_exit_status(status);

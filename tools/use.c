@@ -47,14 +47,6 @@ static int last_stage(const poe_options *o)
     return o->stage >= 0 ? o->stage : o->prefix >= 0 ? o->prefix : o->stages.count - 1;
 }
 
-static void print_token(void *arg, int32_t token)
-{
-    size_t length;
-    const char *bytes = poe_tokenizer_bytes(arg, token, &length);
-    fwrite(bytes, 1, length, stdout);
-    fflush(stdout);
-}
-
 /* <|bos|> and the prompt's tokens; the caller frees. */
 static poe_status encode_prompt(const poe_run *run, int32_t **tokens, int32_t *n)
 {
@@ -97,7 +89,7 @@ static poe_status generate_text(poe_run *run)
     if (status == POE_OK && run->rank == 0)
         fputs(o->prompt, stdout);
     if (status == POE_OK)
-        status = poe_generate(&run->evaluator, &sampling, prompt, n, bos, print_token, run->corpus.tokenizer);
+        status = poe_generate(&run->evaluator, &sampling, prompt, n, bos, poe_emit_text, run->corpus.tokenizer);
     if (status == POE_OK && run->rank == 0)
         putchar('\n');
     free(prompt);
@@ -115,28 +107,27 @@ static poe_status check_tokenizer(const poe_run *run)
     return poe_comm_agree(run->comm, status);
 }
 
+static poe_status generate_run(poe_run *run)
+{
+    poe_status status = check_tokenizer(run);
+    return status == POE_OK ? generate_text(run) : status;
+}
+
 static poe_status generate_rank(poe_comm *comm, const poe_options *options)
 {
-    poe_run run;
-    poe_status status = poe_run_open(&run, comm, options, POE_PURPOSE_USE);
-    if (status == POE_OK)
-        status = check_tokenizer(&run);
-    if (status == POE_OK)
-        status = generate_text(&run);
-    poe_run_close(&run);
-    return status;
+    return poe_run_do(comm, options, POE_PURPOSE_USE, generate_run);
+}
+
+static poe_status export_run(poe_run *run)
+{
+    const poe_options *o = run->options;
+    poe_dtype dtype = strcmp(o->export_dtype, "bf16") == 0 ? POE_BF16 : POE_F32;
+    return poe_export(o->export_path, dtype, &run->model, run->comm, run->stage, run->id);
 }
 
 static poe_status export_rank(poe_comm *comm, const poe_options *options)
 {
-    poe_run run;
-    poe_status status = poe_run_open(&run, comm, options, POE_PURPOSE_USE);
-    if (status == POE_OK) {
-        poe_dtype dtype = strcmp(options->export_dtype, "bf16") == 0 ? POE_BF16 : POE_F32;
-        status = poe_export(options->export_path, dtype, &run.model, comm, run.stage, run.id);
-    }
-    poe_run_close(&run);
-    return status;
+    return poe_run_do(comm, options, POE_PURPOSE_USE, export_run);
 }
 
 static poe_status check_view(const poe_options *o)
