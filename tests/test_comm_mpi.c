@@ -14,14 +14,14 @@ static void check_scenario(const poe_scenario *scenario, int rank)
 {
     poe_transport *transport;
     CHECK_INT(poe_mpi_create(&transport), POE_OK);
-    int before = poe_scenarios_failures();
+    int before = poe_scenarios_failures() + check_failures;
     double start = poe_now();
     poe_capture_begin();
     poe_scenario_play(scenario, transport);
     char *said = poe_capture_end();
     bool said_it = !scenario->says || rank != scenario->sayer || strstr(said, scenario->says);
     CHECK(said_it);
-    if (!said_it || poe_scenarios_failures() != before)
+    if (poe_scenarios_failures() + check_failures != before)
         fprintf(stderr, "rank %d, %s: %s\n", rank, scenario->name, said);
     if (rank == 0)
         printf("%s: %.2f s\n", scenario->name, poe_now() - start);
@@ -39,8 +39,9 @@ static bool wait_for_stopped(poe_comm *comm)
     if (rank == 1)
         raise(SIGSTOP);
     double start = poe_now();
-    CHECK_INT(poe_comm_barrier(comm, "a barrier"), POE_PEER_LOST);
+    poe_status status = poe_comm_barrier(comm, "a barrier"); /* rank 0's part of it may have come before it gave up */
     if (rank == 0) {
+        CHECK_INT(status, POE_PEER_LOST);
         double took = poe_now() - start;
         CHECK(took > 0.7 && took < 2);
         kill(pids[1], SIGCONT);
