@@ -257,7 +257,7 @@ def markdown(result):
         "## Threads\n", scaling_table(rows),
         "## Optimiser\n",
         "Muon by the FLOPs of its iteration with symmetric products counted half, AdamW by 28 bytes per parameter; "
-        "triad is y = a + b on arrays of 128 MiB.\n", optimizer_table(rows),
+        "triad is y += x on arrays of 128 MiB.\n", optimizer_table(rows),
         "## Memory\n",
         "Most resident memory of a process, by the kernel's count. Largest rank: a process that trains this one stage "
         "alone, without transport and data (a rank's buffers for those come on top). All stages: bench_step with every "
