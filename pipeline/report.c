@@ -318,8 +318,7 @@ static void print_ranks(const poe_run *r, const poe_training *t, const rank_fact
 
 poe_status poe_report_ranks(const poe_run *r, const poe_training *t)
 {
-    rank_facts mine = {.peak = peak_memory()}, all[POE_MAX_STAGES];
-    poe_comm_get_stats(r->comm, &mine.stats);
+    rank_facts mine = {.stats = t->waits, .peak = peak_memory()}, all[POE_MAX_STAGES];
     mine.arenas = poe_run_memory_total(&r->memory[r->rank]);
     poe_status status = poe_comm_gather(r->comm, &mine, all, sizeof(mine));
     if (status == POE_OK && r->rank == 0 && t->tokens)

@@ -21,6 +21,8 @@ typedef struct trainer {
     double losses[POE_MAX_STAGES]; /* of the step; own and those of the stages before */
     bool stop;                     /* after this step */
     uint32_t epoch;
+    double mark;           /* when the time that is not yet counted began */
+    poe_comm_stats marked; /* and what had been waited by then */
 } trainer;
 
 /* --- data ------------------------------------------------------------------------------------------------------------------- */
@@ -208,29 +210,59 @@ static bool due(int64_t done, int every)
 
 /* --- the run ------------------------------------------------------------------------------------------------------------------- */
 
+static void set_mark(trainer *t)
+{
+    t->mark = poe_now();
+    poe_comm_get_stats(t->run->comm, &t->marked);
+}
+
+/* Seconds since the last mark, which count as training; sets the next one. */
+static double pass_mark(trainer *t)
+{
+    double before = t->mark;
+    poe_comm_stats from = t->marked, *waits = &t->training->waits;
+    set_mark(t);
+    waits->receive_wait += t->marked.receive_wait - from.receive_wait;
+    waits->credit_wait += t->marked.credit_wait - from.credit_wait;
+    waits->shared_wait += t->marked.shared_wait - from.shared_wait;
+    waits->transfer += t->marked.transfer - from.transfer;
+    waits->transfer_busy += t->marked.transfer_busy - from.transfer_busy;
+    waits->bytes_sent += t->marked.bytes_sent - from.bytes_sent;
+    t->training->seconds += t->mark - before;
+    return t->mark - before;
+}
+
+static poe_status train_step(trainer *t, int64_t step)
+{
+    poe_status status = accumulate_step(t, step);
+    if (status != POE_OK)
+        return status;
+    poe_comm_doing(t->run->comm, "update", step, t->micro_batches);
+    status = poe_shared_step(&t->run->shared, step);
+    if (status != POE_OK)
+        return status;
+    t->training->steps = step + 1;
+    t->training->tokens += t->run->options->total_batch_size;
+    return report_step(t, step, pass_mark(t));
+}
+
+/* What is due between two steps; its time is not theirs. */
+static poe_status rest_after(trainer *t, int64_t done)
+{
+    const poe_options *o = t->run->options;
+    bool evaluates = t->run->corpus.n_eval && due(done, o->eval_every);
+    poe_status status = evaluates ? evaluate(t, done) : POE_OK;
+    if (status == POE_OK && (t->stop || due(done, o->save_every)))
+        status = save(t, done);
+    set_mark(t);
+    return status;
+}
+
 static poe_status run_step(trainer *t, int64_t step)
 {
-    poe_run *r = t->run;
-    const poe_options *o = r->options;
-    double start = poe_now();
-    poe_status status = accumulate_step(t, step);
-    if (status == POE_OK) {
-        poe_comm_doing(r->comm, "update", step, t->micro_batches);
-        status = poe_shared_step(&r->shared, step);
-    }
-    double dt = poe_now() - start;
-    if (status == POE_OK)
-        status = report_step(t, step, dt);
-    int64_t done = step + 1;
-    t->training->steps = done;
-    t->training->seconds += dt;
-    t->training->tokens += o->total_batch_size;
-    bool at_end = done == o->num_iterations;
-    if (status == POE_OK && !at_end && r->corpus.n_eval && due(done, o->eval_every))
-        status = evaluate(t, done);
-    if (status == POE_OK && !at_end && (t->stop || due(done, o->save_every)))
-        status = save(t, done);
-    return status;
+    poe_status status = train_step(t, step);
+    bool at_end = step + 1 == t->run->options->num_iterations;
+    return status == POE_OK && !at_end ? rest_after(t, step + 1) : status;
 }
 
 static poe_status finish(trainer *t)
@@ -250,6 +282,7 @@ poe_status poe_train(poe_run *r, poe_training *training)
     trainer t = {.run = r, .training = training, .micro_batches = poe_settings_micro_batches(r->options)};
     if (poe_run_is_last(r))
         poe_progress_start(&t.progress, r);
+    set_mark(&t);
     poe_status status = POE_OK;
     for (int64_t step = r->first_step; status == POE_OK && !t.stop && step < r->options->num_iterations; step++)
         status = run_step(&t, step);

@@ -10,6 +10,7 @@
 typedef struct poe_training {
     int64_t steps;      /* updates done in all */
     double seconds;     /* of this process's steps */
+    poe_comm_stats waits; /* in these seconds; of the counters only bytes_sent */
     int64_t tokens;     /* trained on in these */
     bool evaluated;
     poe_evaluation evaluation; /* at the end; the same on every rank */
