@@ -269,23 +269,28 @@ static poe_status open_model(poe_run *r)
     return status == POE_OK ? poe_comm_agree(r->comm, create_stage(r)) : status;
 }
 
-/* How many vectors of shared gradients wait in the checkpoint. */
-static void restore_pending(poe_run *r, poe_pending *pending)
+/* How many vectors of shared gradients wait in the checkpoint: at most D, for the rule is the run's own. */
+static poe_status restore_pending(poe_run *r, poe_pending *pending)
 {
     int totals = (int)json_integer_value(json_object_get(r->facts, "pending_totals"));
     int held = (int)json_integer_value(json_object_get(r->facts, "held_steps"));
+    if (totals < 0 || totals > r->options->sync_delay || held < 0 || (held && !r->options->sync_every)) {
+        poe_error("%s/manifest.json: %d pending sums and %d held steps do not belong to --sync %s", r->resumed, totals,
+                  held, r->options->sync);
+        return POE_BAD_INPUT;
+    }
     poe_shared_restore(&r->shared, totals, held, pending);
+    return POE_OK;
 }
 
 static poe_status load_checkpoint(poe_run *r)
 {
-    int64_t steps[POE_MAX_STAGES];
-    float *totals[POE_MAX_STAGES];
+    int64_t steps[POE_OPTION_DELAY];
+    float *totals[POE_OPTION_DELAY];
     poe_pending pending = {.total_steps = steps, .totals = totals};
-    if (trains(r))
-        restore_pending(r, &pending);
-    poe_status status =
-        poe_checkpoint_load(r->resumed, r->facts, r->stage, r->rank, trains(r) ? &pending : NULL);
+    poe_status status = trains(r) ? restore_pending(r, &pending) : POE_OK;
+    if (status == POE_OK)
+        status = poe_checkpoint_load(r->resumed, r->facts, r->stage, r->rank, trains(r) ? &pending : NULL);
     if (status == POE_OK)
         poe_stage_parameters_changed(r->stage);
     return status;

@@ -185,11 +185,6 @@ poe_status poe_shared_finish(poe_shared_rule *r)
     return status;
 }
 
-int poe_shared_pending_max(const poe_shared_rule *r)
-{
-    return r->delay + 1;
-}
-
 /* Where the pending totals of steps oldest..next-1 and the held sum are. */
 static void describe(poe_shared_rule *r, poe_pending *pending)
 {

@@ -48,8 +48,7 @@ poe_status poe_shared_step(poe_shared_rule *rule, int64_t step);
 poe_status poe_shared_finish(poe_shared_rule *rule);
 
 /* What a checkpoint must hold: waits until every pending total is complete. The pointers stay the rule's. With room
- * for poe_shared_pending_max() entries in total_steps and totals. */
-int poe_shared_pending_max(const poe_shared_rule *rule);
+ * for D entries in total_steps and totals. */
 poe_status poe_shared_pending(poe_shared_rule *rule, poe_pending *pending);
 /* Before loading a checkpoint: where n_totals totals of the steps just before `first` and the held sum are to be put. */
 void poe_shared_restore(poe_shared_rule *rule, int n_totals, int held_steps, poe_pending *pending);

@@ -190,8 +190,8 @@ static json_t *facts_of(const poe_run *r, int64_t step, const poe_pending *pendi
 static poe_status save(trainer *t, int64_t step)
 {
     poe_run *r = t->run;
-    int64_t steps[POE_MAX_STAGES];
-    float *totals[POE_MAX_STAGES];
+    int64_t steps[POE_OPTION_DELAY];
+    float *totals[POE_OPTION_DELAY];
     poe_pending pending = {.total_steps = steps, .totals = totals};
     poe_comm_doing(r->comm, "checkpoint", step, 0);
     poe_status status = poe_shared_pending(&r->shared, &pending);

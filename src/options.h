@@ -16,6 +16,7 @@ enum {
     POE_OPTION_STAGES = 128,
     POE_OPTION_LAYERS = 1024, /* of all stages together */
     POE_OPTION_FILES = 64,
+    POE_OPTION_DELAY = 128, /* largest D of --sync stale:D */
     POE_OPTION_TEXT = 64,
     POE_OPTION_VOCAB = 1024, /* size of a tokenizer that is trained without --vocab-size */
 };

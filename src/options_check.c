@@ -18,7 +18,8 @@ static poe_status check_sync(poe_options *options)
     const char *colon = strchr(options->sync, ':');
     size_t digits = colon ? strspn(colon + 1, "0123456789") : 0;
     bool number = colon && digits > 0 && digits < 7 && !colon[1 + digits];
-    if (number && sscanf(options->sync, "stale:%d%n", &value, &used) == 1 && used && value >= 1 && value <= 1024) {
+    if (number && sscanf(options->sync, "stale:%d%n", &value, &used) == 1 && used && value >= 1 &&
+        value <= POE_OPTION_DELAY) {
         options->sync_delay = value;
         return POE_OK;
     }
@@ -27,8 +28,8 @@ static poe_status check_sync(poe_options *options)
         return POE_OK;
     }
     poe_error(
-        "--sync: found \"%s\", allowed is exact, stale, stale:D (D from 1 to 1024) or every:N (N from 1 to 999999)",
-        options->sync);
+        "--sync: found \"%s\", allowed is exact, stale, stale:D (D from 1 to %d) or every:N (N from 1 to 999999)",
+        options->sync, POE_OPTION_DELAY);
     return POE_BAD_INPUT;
 }
 
