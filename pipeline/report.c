@@ -7,6 +7,7 @@
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/resource.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include "pipeline/settings.h"
@@ -340,9 +341,40 @@ static const char *quoted(const char *path, char text[4 * POE_PATH_MAX])
     return text;
 }
 
+/* True when `name` alone would start this program. */
+static bool on_path(const char *name)
+{
+    const char *folders = getenv("PATH");
+    char path[POE_PATH_MAX];
+    struct stat found, self;
+    if (!folders || stat("/proc/self/exe", &self) != 0)
+        return false;
+    for (const char *end; *folders; folders = *end ? end + 1 : end) {
+        end = strchrnul(folders, ':');
+        int used = snprintf(path, sizeof(path), "%.*s/%s", (int)(end - folders), folders, name);
+        if (used < (int)sizeof(path) && stat(path, &found) == 0 && access(path, X_OK) == 0)
+            return found.st_dev == self.st_dev && found.st_ino == self.st_ino;
+    }
+    return false;
+}
+
+/* How the user can start this program from where he is: by its name, or by its path, below this folder or whole. */
+static const char *program(char path[POE_PATH_MAX])
+{
+    char folder[POE_PATH_MAX];
+    ssize_t used = readlink("/proc/self/exe", path, POE_PATH_MAX - 1);
+    if (used < 0 || on_path("poe-pipe"))
+        return "poe-pipe";
+    path[used] = '\0';
+    size_t length = getcwd(folder, sizeof(folder)) ? strlen(folder) : 0;
+    bool below = length > 1 && strncmp(path, folder, length) == 0 && path[length] == '/' && strchr(path + length + 1, '/');
+    return below ? path + length + 1 : path;
+}
+
 void poe_report_files(const poe_run *r, const poe_training *t, bool interrupted)
 {
-    char ranks[32] = "", run[4 * POE_PATH_MAX], checkpoint[4 * POE_PATH_MAX];
+    char ranks[32] = "", run[4 * POE_PATH_MAX], checkpoint[4 * POE_PATH_MAX], path[POE_PATH_MAX], command[4 * POE_PATH_MAX];
+    const char *pipe = quoted(program(path), command);
     if (strcmp(poe_comm_transport(r->comm), "mpi") == 0)
         snprintf(ranks, sizeof(ranks), " --ranks %d", r->size);
     const char *out = quoted(r->out, run), *newest = quoted(t->checkpoint, checkpoint);
@@ -353,12 +385,12 @@ void poe_report_files(const poe_run *r, const poe_training *t, bool interrupted)
     if (!interrupted)
         printf("picture     %s/loss.png\n", r->out);
     if (interrupted)
-        printf("stopped after step %lld of %d; go on:  poe-pipe%s --resume %s\n", (long long)t->steps,
-               r->options->num_iterations, ranks, out);
+        printf("stopped after step %lld of %d; go on:  %s%s --resume %s\n", (long long)t->steps,
+               r->options->num_iterations, pipe, ranks, out);
     else
-        printf("go on       poe-pipe%s --resume %s --num-iterations %d\n", ranks, out, 2 * r->options->num_iterations);
+        printf("go on       %s%s --resume %s --num-iterations %d\n", pipe, ranks, out, 2 * r->options->num_iterations);
     if (t->checkpoint[0])
-        printf("export      poe-pipe export --checkpoint %s --export model.safetensors\n"
-               "generate    poe-pipe generate --checkpoint %s --prompt \"...\"\n", newest, newest);
+        printf("export      %s export --checkpoint %s --export model.safetensors\n"
+               "generate    %s generate --checkpoint %s --prompt \"...\"\n", pipe, newest, pipe, newest);
     fflush(stdout);
 }

@@ -126,12 +126,14 @@ def closing_lines(folder):
     text = poe.write_text(f'{folder}/text.txt')
     for launch in (poe.THREADS, poe.RANKS):
         out = f'{folder}/{launch} run'
-        result = poe.succeed(poe.flags(data=text, out=out, vocab_size=300), launch, 3)
-        offered = {line.split()[0]: line.split(None, 1)[1] for line in result.out.splitlines() if 'poe-pipe ' in line}
-        for line in (line for line in result.out.splitlines() if ' poe-pipe ' in f' {line}' and '--' in line):
-            words = shlex.split(line[line.index('poe-pipe'):])
+        result = poe.succeed(poe.flags(data=text, out=out, vocab_size=300), launch, 3, cwd=folder)
+        lines = result.out.splitlines()
+        offered = dict(line.split(None, 1) for line in lines if line.split(None, 1)[:1] in (['go'], ['export'], ['generate']))
+        poe.check_equal(len(offered), 3, offered)
+        for name, line in offered.items():
+            words = shlex.split(line.removeprefix('on'))
             poe.check_equal('--ranks' in words, launch == poe.RANKS and '--resume' in words, line)
-            again = poe.run_command([poe.PROGRAM] + words[1:], cwd=folder)
+            again = poe.run_command(words, cwd=folder)
             poe.check(again.code == 0 and not again.err, again)
         poe.check(os.path.exists(f'{folder}/model.safetensors') and len(poe.steps(out)) == 12, offered)
 
