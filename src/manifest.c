@@ -256,7 +256,7 @@ static poe_status abandon(const char *folder, int64_t step)
         poe_error("cannot rename %s to %s: %s", path, aside, strerror(errno));
         return POE_FAILED;
     }
-    poe_info("%s is of later than the step to go on from; it is kept as %s", path, aside);
+    poe_info("%s is later than where the run goes on from; it is kept as %s", path, aside);
     return POE_OK;
 }
 
