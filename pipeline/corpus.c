@@ -7,14 +7,9 @@
 
 #include "src/documents.h"
 #include "src/log.h"
+#include "src/shard.h"
 
 static const double held_out = 0.1; /* share of the documents that are evaluated, unless --val-data names others */
-
-static bool is_shard(const char *path)
-{
-    size_t n = strlen(path);
-    return strncmp(path, "raw:", 4) == 0 || (n > 4 && strcmp(path + n - 4, ".bin") == 0);
-}
 
 static poe_split split_of(const poe_options *o)
 {
@@ -55,7 +50,7 @@ static poe_status resolve_tokenizer(poe_corpus *c, const poe_options *o, const c
 {
     poe_status status = POE_OK;
     const char *path = stored ? stored : o->tokenizer;
-    bool shards = o->data.count && is_shard(o->data.paths[0]);
+    bool shards = o->data.count && poe_shard_named(o->data.paths[0]);
     if (path)
         status = poe_tokenizer_read(path, &c->tokenizer);
     else if (o->data.count && !shards)
@@ -129,7 +124,7 @@ static poe_feed_settings feed_settings(const poe_corpus *c, const poe_options *o
 
 static bool holds_out(const poe_options *o)
 {
-    return !o->val_data.count && o->data.count && !is_shard(o->data.paths[0]);
+    return !o->val_data.count && o->data.count && !poe_shard_named(o->data.paths[0]);
 }
 
 /* Adds a micro-batch of `rows` rows to the evaluation. */

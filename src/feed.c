@@ -7,12 +7,7 @@
 #include "src/crc32c.h"
 #include "src/feed_impl.h"
 #include "src/log.h"
-
-static bool is_shard(const char *path)
-{
-    size_t length = strlen(path);
-    return strncmp(path, "raw:", 4) == 0 || (length > 4 && strcmp(path + length - 4, ".bin") == 0);
-}
+#include "src/shard.h"
 
 poe_status poe_feed_open(const poe_feed_settings *settings, poe_feed **feed)
 {
@@ -21,9 +16,9 @@ poe_status poe_feed_open(const poe_feed_settings *settings, poe_feed **feed)
         poe_error("no data file: give --data one or more .txt, .jsonl or .bin files");
         return POE_BAD_INPUT;
     }
-    bool shards = is_shard(checked.paths[0]);
+    bool shards = poe_shard_named(checked.paths[0]);
     for (int i = 1; i < checked.n_paths; i++) {
-        if (is_shard(checked.paths[i]) != shards) {
+        if (poe_shard_named(checked.paths[i]) != shards) {
             poe_error("%s and %s cannot be read together: token shards and documents do not mix", checked.paths[0],
                       checked.paths[i]);
             return POE_BAD_INPUT;

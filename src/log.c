@@ -151,14 +151,3 @@ void poe_info(const char *format, ...)
     print_formatted("", format, args);
     va_end(args);
 }
-
-void poe_debug(const char *format, ...)
-{
-    const char *level = getenv("POE_LOG");
-    if (!level || strcmp(level, "debug") != 0)
-        return;
-    va_list args;
-    va_start(args, format);
-    print_formatted("debug: ", format, args);
-    va_end(args);
-}

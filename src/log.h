@@ -24,10 +24,9 @@ void poe_log_settle(bool print);
 void poe_log_drop(void);
 
 /* poe_error: the one sentence that explains a failure. poe_warn: something the user should know. poe_info: a
- * fact. poe_debug: printed only when POE_LOG=debug. No trailing newline. */
+ * fact. No trailing newline. */
 void poe_error(const char *format, ...) __attribute__((format(printf, 1, 2)));
 void poe_warn(const char *format, ...) __attribute__((format(printf, 1, 2)));
 void poe_info(const char *format, ...) __attribute__((format(printf, 1, 2)));
-void poe_debug(const char *format, ...) __attribute__((format(printf, 1, 2)));
 
 #endif

@@ -168,3 +168,9 @@ void poe_shard_writer_discard(poe_shard_writer *writer)
     poe_temporary_forget(writer->temporary);
     free(writer);
 }
+
+bool poe_shard_named(const char *path)
+{
+    size_t length = strlen(path);
+    return strncmp(path, "raw:", 4) == 0 || (length > 4 && strcmp(path + length - 4, ".bin") == 0);
+}

@@ -9,6 +9,9 @@
 
 #include "src/status.h"
 
+/* True when `path` names token shards rather than text: NAME.bin, or raw:NAME for a headerless one. */
+bool poe_shard_named(const char *path);
+
 typedef struct poe_shard {
     const uint16_t *tokens;
     size_t count;

@@ -297,15 +297,6 @@ uint64_t poe_model_reference_parameters(const poe_model *model)
     return poe_model_scaling_parameters(&d12);
 }
 
-double poe_model_flops_per_token(const poe_model *model, int stage)
-{
-    double channels = model->config.n_embd;
-    double flops = 6 * ((double)collect(model, stage, NULL).matrix_parameters + (double)model->vocab_padded * channels);
-    for (int i = model->first_layer[stage]; i < model->first_layer[stage + 1]; i++)
-        flops += 12 * channels * fmin(model->layers[i].window, model->config.sequence_len);
-    return flops;
-}
-
 /* --- initial values ---------------------------------------------------------------------------------------------- */
 
 static bool ends_with(const char *text, const char *end)

@@ -101,10 +101,6 @@ uint64_t poe_model_parameters(const poe_model *model);
 uint64_t poe_model_scaling_parameters(const poe_model *model);
 uint64_t poe_model_reference_parameters(const poe_model *model);
 
-/* Model FLOPs of forward and backward for one token in stage `stage`, as nanochat counts them: 6 for each element of a
- * block matrix and of the head, 12 C min(window, T) for a layer's attention (what the causal mask hides counts). */
-double poe_model_flops_per_token(const poe_model *model, int stage);
-
 /* Writes the initial values (spec 1, "Initialisation") of `table`'s tensors at `values`; depends on the seed and each
  * tensor's name only. */
 void poe_model_initialise(const poe_model *model, const poe_tensor_table *table, uint64_t seed, float *values);
