@@ -732,8 +732,10 @@ static void test_kernels(poe_kernels kernels)
         poe_cpu_destroy(be[i]);
 }
 
-int main(void)
+int main(int argc, char **argv)
 {
+    (void)argc;
+    poe_blas_ensure(poe_kernels_best(), argv); /* products by the best library under every set */
     for (poe_kernels kernels = 0; kernels <= poe_kernels_best(); kernels++)
         test_kernels(kernels);
     poe_cpu_destroy(NULL);

@@ -349,8 +349,9 @@ static void print_result(const bench *b)
     getrusage(RUSAGE_SELF, &usage);
     double tokens = (double)s->batch * s->model.sequence_len * s->micro, sgemm = sgemm_gflops(b);
     double gflops = flops_per_token(&b->model) * tokens / b->work / 1e9;
-    json_t *result = checked(json_pack("{si ss ss sf sf sf sf sf sf sf}", "threads", s->threads, "kernels",
-                                       poe_kernels_name(poe_kernels_best()), "blas", poe_blas_kernels(), "tok_s",
+    json_t *result = checked(json_pack("{si ss so sf sf sf sf sf sf sf}", "threads", s->threads, "kernels",
+                                       poe_kernels_name(poe_kernels_best()), "blas",
+                                       json_sprintf("%s (%s)", poe_blas_library(), poe_blas_kernels()), "tok_s",
                                        tokens / (b->work + b->update), "tok_s_forward_backward", tokens / b->work,
                                        "optimizer_ms", b->update * 1e3, "model_gflops", gflops, "sgemm_gflops", sgemm,
                                        "share_of_sgemm", gflops / sgemm, "peak_mib", (double)usage.ru_maxrss / 1024));

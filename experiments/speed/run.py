@@ -251,7 +251,7 @@ def markdown(result):
     text = [
         "# Speed of a training step\n",
         f"{here['cpu']}, {here['processors']} processors ({' '.join(here['flags'])}); kernels {ours['kernels']}, "
-        f"OpenBLAS {ours['blas']}; load {result['load']} (start, now; it includes this run).",
+        f"products by {ours['blas']}; load {result['load']} (start, now; it includes this run).",
         f"PyTorch: {result['torch']}. Best of {result['rounds']} rounds of {result['reps']} steps each, in turns. "
         "sgemm is the rate of a 1024^3 product, PyTorch's where it ran.\n", goal_table(rows),
         "## Threads\n", scaling_table(rows),
