@@ -34,6 +34,7 @@ typedef struct settings {
     poe_model_config model;
     int batch, micro, reps, threads;
     int stage; /* -1: all */
+    bool bf16; /* operands of the products */
     bool profile;
 } settings;
 
@@ -104,7 +105,7 @@ static bool parse_choice(const char *flag, const char *text, const char *yes, co
     return !strcmp(text, yes);
 }
 
-enum { STAGES = 256, HEAD, OBJECTIVE, WINDOW, PROFILE };
+enum { STAGES = 256, HEAD, OBJECTIVE, WINDOW, DTYPE, PROFILE };
 
 static const struct option flags[] = {
     {"n-embd", 1, NULL, 0}, /* 0 to 10: see `numbers` */
@@ -122,6 +123,7 @@ static const struct option flags[] = {
     {"head", 1, NULL, HEAD},
     {"objective", 1, NULL, OBJECTIVE},
     {"window-pattern", 1, NULL, WINDOW},
+    {"dtype", 1, NULL, DTYPE},
     {"profile", 0, NULL, PROFILE},
     {NULL, 0, NULL, 0},
 };
@@ -145,6 +147,8 @@ static void parse(int argc, char **argv, settings *s)
             m->objective = parse_choice("objective", optarg, "bp", "poe") ? POE_OBJECTIVE_BP : POE_OBJECTIVE_POE;
         else if (flag == WINDOW)
             snprintf(m->window_pattern, sizeof(m->window_pattern), "%s", optarg);
+        else if (flag == DTYPE)
+            s->bf16 = parse_choice("dtype", optarg, "bf16", "fp32");
         else
             s->profile = true;
     }
@@ -174,6 +178,7 @@ static void open_stages(bench *b, poe_backend_limits *limits)
     for (int k = b->first; k < b->end; k++) {
         poe_stage_settings stage = {.stage = k, .rows = (size_t)b->s->batch, .training = true};
         poe_stage_limits(&b->model, &stage, limits);
+        limits->bf16 = b->s->bf16;
         if (k == b->first)
             check(poe_cpu_create(poe_kernels_best(), b->s->threads, limits, &b->backend));
         check(poe_stage_create(&b->model, &stage, b->backend, &b->stages[k]));
