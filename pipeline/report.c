@@ -118,9 +118,9 @@ poe_status poe_report_start(const poe_options *o, const poe_model *m, int thread
     print_model(o, m);
     if (r) {
         print_data(r);
-        printf("ranks     %d over %s, %d on this host, %d thread%s each, kernels %s, OpenBLAS %s\n", r->size,
+        printf("ranks     %d over %s, %d on this host, %d thread%s each, kernels %s\n", r->size,
                poe_comm_transport(r->comm), poe_comm_host_ranks(r->comm), threads, threads == 1 ? "" : "s",
-               poe_kernels_name(r->kernels), poe_blas_kernels());
+               r->arithmetic);
         if (strcmp(o->dtype, "bf16") == 0)
             printf("dtype     bf16: %s\n", poe_bf16_engine(r->kernels));
         printf("output    %s\n", r->out);
