@@ -73,6 +73,15 @@ static void print_stage(const poe_model *m, int k, const poe_run_memory *memory)
            poe_recompute_name(memory->recompute));
 }
 
+static void print_shared(const poe_model *m)
+{
+    static const char *const what[] = {[POE_OBJECTIVE_POE] = "embedding, head, smear: a replica on every rank, in its numbers",
+                                       [POE_OBJECTIVE_BP] = "nothing: each tensor is one rank's",
+                                       [POE_OBJECTIVE_HIERARCHICAL] = "head: a replica on every rank, in its numbers"};
+    printf("shared          %8.3f M    (%s)\n\n", (double)poe_model_stage_parameters(m, -1) / 1e6,
+           what[m->config.objective]);
+}
+
 /* `known`: the ranks' own figures; NULL: as these flags would have them, refused behind the table when too much. */
 static poe_status print_stages(const poe_options *o, const poe_model *m, int threads, const poe_run_memory *known)
 {
@@ -88,8 +97,7 @@ static poe_status print_stages(const poe_options *o, const poe_model *m, int thr
         if (!known && refused == POE_OK)
             refused = poe_run_check_memory(o, k, &memory);
     }
-    printf("shared          %8.3f M    (embedding, head, smear: a replica on every rank, in its numbers)\n\n",
-           (double)poe_model_stage_parameters(m, -1) / 1e6);
+    print_shared(m);
     return refused;
 }
 
