@@ -253,7 +253,10 @@ static poe_status create_stage(poe_run *r)
     poe_stage_limits(&r->model, &settings, &limits);
     limits.bf16 = wants_bf16(r->options);
     poe_status status = poe_cpu_create(r->kernels, r->threads, &limits, &r->backend);
-    return status == POE_OK ? poe_stage_create(&r->model, &settings, r->backend, &r->stage) : status;
+    if (status == POE_OK)
+        status = poe_stage_create(&r->model, &settings, r->backend, &r->stage);
+    poe_compute_init(&r->compute, r->stage);
+    return status;
 }
 
 static poe_status open_model(poe_run *r)
@@ -339,7 +342,7 @@ static poe_status open_links(poe_run *r)
                                          (size_t)r->options->device_batch_size, floats, reports, r->id);
     if (status == POE_OK && trains(r)) {
         poe_shared_settings settings = shared_settings(r->options, ranks, r->size, r->id);
-        status = poe_shared_open(&r->shared, r->comm, r->stage, &r->model, &r->optimizer, &settings, r->first_step);
+        status = poe_shared_open(&r->shared, r->comm, &r->compute, &r->model, &r->optimizer, &settings, r->first_step);
     }
     if (status == POE_OK && !(r->evaluation_memory = calloc(2 * floats, sizeof(float)))) {
         poe_error("out of memory for %zu log-probabilities", 2 * floats);
