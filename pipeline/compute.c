@@ -3,14 +3,16 @@
 
 /* --- the row that computes ---------------------------------------------------------------------------------------------------- */
 
-static void forward(poe_compute *c, size_t b, size_t t, const int32_t *idx, const float *h_in, float *h_out)
+static void forward(poe_compute *c, int slot, size_t b, size_t t, const int32_t *idx, const poe_crossing *in,
+                    const poe_crossing *out)
 {
-    poe_stage_forward(c->stage, b, t, idx, h_in, h_out);
+    poe_stage_forward(c->stage, slot, b, t, idx, in, out);
 }
 
-static poe_status backward(poe_compute *c, const int32_t *targets, int n_micro, double *loss)
+static poe_status backward(poe_compute *c, int slot, const int32_t *targets, int n_micro, const poe_crossing *d_out,
+                           const poe_crossing *d_in, double *loss)
 {
-    return poe_stage_backward(c->stage, targets, n_micro, loss);
+    return poe_stage_backward(c->stage, slot, targets, n_micro, d_out, d_in, loss);
 }
 
 static bool gradients_finite(const poe_compute *c)

@@ -11,8 +11,10 @@ typedef struct poe_compute poe_compute;
 
 /* As the functions of stages/stage.h of these names. */
 typedef struct poe_compute_ops {
-    void (*forward)(poe_compute *compute, size_t b, size_t t, const int32_t *idx, const float *h_in, float *h_out);
-    poe_status (*backward)(poe_compute *compute, const int32_t *targets, int n_micro, double *loss);
+    void (*forward)(poe_compute *compute, int slot, size_t b, size_t t, const int32_t *idx, const poe_crossing *in,
+                    const poe_crossing *out);
+    poe_status (*backward)(poe_compute *compute, int slot, const int32_t *targets, int n_micro,
+                           const poe_crossing *d_out, const poe_crossing *d_in, double *loss);
     bool (*gradients_finite)(const poe_compute *compute);
     void (*update_own)(poe_compute *compute, const poe_rates *rates);
     void (*update_shared)(poe_compute *compute, const poe_rates *rates, const float *sum);

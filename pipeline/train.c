@@ -156,13 +156,14 @@ static poe_status run_micro_batch(trainer *t, poe_batch *batch, double *loss)
     if (status != POE_OK)
         return status;
     enter(t, POE_ACCOUNT_FORWARD, batch);
-    r->compute.ops->forward(&r->compute, batch->rows, batch->t, batch->idx, batch->h, h_out);
+    r->compute.ops->forward(&r->compute, 0, batch->rows, batch->t, batch->idx,
+                            batch->h ? &(poe_crossing){.h = batch->h} : NULL, h_out ? &(poe_crossing){.h = h_out} : NULL);
     enter(t, POE_ACCOUNT_SEND, batch);
     status = poe_streams_send_batch(&r->streams, batch);
     if (status != POE_OK)
         return status;
     enter(t, POE_ACCOUNT_BACKWARD, batch);
-    status = r->compute.ops->backward(&r->compute, batch->targets, t->micro_batches, loss);
+    status = r->compute.ops->backward(&r->compute, 0, batch->targets, t->micro_batches, NULL, NULL, loss);
     enter(t, POE_ACCOUNT_OTHER, batch);
     if (status == POE_NUMERIC && speaks_first(r))
         poe_error("step %lld: the loss of stage %d is %g (micro-batch %d); stopped before that stage's update",
