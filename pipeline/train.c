@@ -99,10 +99,15 @@ static poe_status write_step(trainer *t, int64_t step, const poe_step_report *re
     double loss = poe_report_loss(&r->model, losses);
     int64_t tokens = (step + 1) * r->options->total_batch_size;
     poe_progress_step(&t->progress, step, loss, losses, rates.lrm, dt, t->own[step % OWN_REPORTS].epoch);
-    return poe_metrics_write(&r->metrics,
-                             json_pack("{s:I, s:f, s:o, s:f, s:I, s:f, s:o}", "step", (json_int_t)step, "loss", loss,
-                                       "stage_loss", stages, "lrm", rates.lrm, "tokens", (json_int_t)tokens, "dt", dt,
-                                       "accounts", accounts));
+    json_t *object = r->options->emulate_compute
+                         ? json_pack("{s:I, s:s}", "step", (json_int_t)step, "emulated", "compute")
+                         : json_pack("{s:I, s:f, s:O, s:f}", "step", (json_int_t)step, "loss", loss, "stage_loss", stages,
+                                     "lrm", rates.lrm);
+    json_decref(stages);
+    json_object_set_new(object, "tokens", json_integer((json_int_t)tokens));
+    json_object_set_new(object, "dt", json_real(dt));
+    json_object_set_new(object, "accounts", accounts);
+    return poe_metrics_write(&r->metrics, object);
 }
 
 static poe_status pass_report(trainer *t, int64_t step)
@@ -303,7 +308,7 @@ static poe_status rest_after(trainer *t, int64_t done)
 {
     const poe_options *o = t->run->options;
     bool evaluates = t->run->corpus.n_eval && due(done, o->eval_every);
-    bool saves = t->stop || due(done, o->save_every);
+    bool saves = !o->emulate_compute && (t->stop || due(done, o->save_every));
     poe_status status = evaluates || saves ? pass_reports(t, true) : POE_OK;
     if (status == POE_OK && evaluates)
         status = evaluate(t, done);
@@ -330,7 +335,7 @@ static poe_status finish(trainer *t)
     poe_status status = poe_shared_finish(&r->shared);
     if (status == POE_OK && r->corpus.n_eval)
         status = evaluate(t, t->training->steps);
-    if (status == POE_OK && t->training->steps > r->first_step)
+    if (status == POE_OK && t->training->steps > r->first_step && !r->options->emulate_compute)
         status = save(t, t->training->steps);
     return status;
 }
