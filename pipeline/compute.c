@@ -7,7 +7,6 @@
 #include <sys/prctl.h>
 #include <time.h>
 
-#include "src/clock.h"
 
 /* --- the row that computes ---------------------------------------------------------------------------------------------------- */
 
@@ -73,15 +72,15 @@ static void sleep_until(double deadline)
         ;
 }
 
-/* Until `which` is over that began at `start`. */
-static void emulate(poe_compute *c, poe_emulated which, double start)
+/* Until `which` is over, which began when its account did. */
+static void emulate(poe_compute *c, poe_emulated which)
 {
     double nominal = c->seconds[which], jitter = c->seconds[POE_EMULATED_JITTER];
     if (nominal == 0)
         return;
-    double deadline = start + nominal + (jitter > 0 ? jitter * (2 * poe_rng_uniform(&c->rng) - 1) : 0);
-    sleep_until(deadline);
     poe_accounts *a = c->accounts;
+    double deadline = a->since + nominal + (jitter > 0 ? jitter * (2 * poe_rng_uniform(&c->rng) - 1) : 0);
+    sleep_until(deadline);
     poe_account_enter_at(a, POE_ACCOUNT_OTHER, a->step, a->micro, deadline);
 }
 
@@ -98,20 +97,18 @@ static void emulated_forward(poe_compute *c, int slot, size_t b, size_t t, const
                              const poe_crossing *out)
 {
     (void)slot, (void)idx, (void)in;
-    double start = poe_now();
     c->floats = b * t * c->channels;
     put_zeros(out, c->floats);
-    emulate(c, POE_EMULATED_FORWARD, start);
+    emulate(c, POE_EMULATED_FORWARD);
 }
 
 static poe_status emulated_backward(poe_compute *c, int slot, const int32_t *targets, int n_micro,
                                     const poe_crossing *d_out, const poe_crossing *d_in, double *loss)
 {
     (void)slot, (void)targets, (void)n_micro, (void)d_out;
-    double start = poe_now();
     put_zeros(d_in, c->floats);
     *loss = 0;
-    emulate(c, POE_EMULATED_BACKWARD, start);
+    emulate(c, POE_EMULATED_BACKWARD);
     return POE_OK;
 }
 
@@ -124,8 +121,10 @@ static bool emulated_gradients_finite(const poe_compute *c)
 static void emulated_update_own(poe_compute *c, const poe_rates *rates)
 {
     (void)rates;
-    emulate(c, POE_EMULATED_OPTIMIZER, poe_now());
-    poe_account_enter(c->accounts, POE_ACCOUNT_OPTIMIZER, c->accounts->step, c->accounts->micro);
+    poe_accounts *a = c->accounts;
+    poe_account_enter(a, POE_ACCOUNT_OPTIMIZER, a->step, a->micro);
+    emulate(c, POE_EMULATED_OPTIMIZER);
+    poe_account_enter(a, POE_ACCOUNT_OPTIMIZER, a->step, a->micro);
 }
 
 static void emulated_update_shared(poe_compute *c, const poe_rates *rates, const float *sum)

@@ -470,6 +470,8 @@ void poe_report_files(const poe_run *r, const poe_training *t, bool interrupted)
     if (t->checkpoint[0])
         printf("checkpoint  %s (%.3f M parameters)\n", t->checkpoint, (double)poe_model_parameters(&r->model) / 1e6);
     printf("metrics     %s/metrics.jsonl\n", r->out);
+    if (r->options->trace)
+        printf("trace       %s (open it in https://ui.perfetto.dev)\n", r->options->trace);
     if (r->options->emulate_compute) {
         fflush(stdout);
         return;

@@ -12,7 +12,9 @@ const char *poe_channel_name(poe_channel channel)
                                         [POE_CHANNEL_AGGREGATE] = "aggregates",
                                         [POE_CHANNEL_REPORT] = "reports",
                                         [POE_CHANNEL_SHARED] = "shared gradients",
-                                        [POE_CHANNEL_EXPORT] = "weights"};
+                                        [POE_CHANNEL_EXPORT] = "weights",
+                                        [POE_CHANNEL_CLOCK] = "clock",
+                                        [POE_CHANNEL_TRACE] = "trace"};
     return names[channel];
 }
 

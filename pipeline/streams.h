@@ -21,11 +21,13 @@ typedef enum poe_channel {
     POE_CHANNEL_REPORT,
     POE_CHANNEL_SHARED,
     POE_CHANNEL_EXPORT,
+    POE_CHANNEL_CLOCK,
+    POE_CHANNEL_TRACE,
 } poe_channel;
 
 const char *poe_channel_name(poe_channel channel); /* what it carries: "activations", ... */
 
-typedef enum poe_kind { POE_KIND_TRAIN = 1, POE_KIND_EVALUATE, POE_KIND_GENERATE, POE_KIND_AGGREGATE, POE_KIND_REPORT, POE_KIND_TENSOR } poe_kind;
+typedef enum poe_kind { POE_KIND_TRAIN = 1, POE_KIND_EVALUATE, POE_KIND_GENERATE, POE_KIND_AGGREGATE, POE_KIND_REPORT, POE_KIND_TENSOR, POE_KIND_CLOCK, POE_KIND_TRACE } poe_kind;
 
 enum { POE_FLAG_STOP = 1, POE_EPOCH_SHIFT = 8 }; /* of poe_message.flags: stop after this step; epochs done above */
 

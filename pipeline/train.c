@@ -351,7 +351,7 @@ poe_status poe_train(poe_run *r, poe_training *training)
     if (poe_run_is_last(r))
         poe_progress_start(&t.progress, r);
     mark_traffic(&t);
-    poe_accounts_start(&r->accounts, r->comm);
+    poe_accounts_start(&r->accounts, r->comm, r->trace);
     poe_status status = POE_OK;
     for (int64_t step = r->first_step; status == POE_OK && !t.stop && step < r->options->num_iterations; step++)
         status = run_step(&t, step);

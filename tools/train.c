@@ -156,6 +156,8 @@ static poe_status report(poe_run *r, const poe_training *t, bool interrupted)
 {
     fflush(stdout);
     poe_status status = poe_comm_barrier(r->comm, "the end of training");
+    if (status == POE_OK && r->trace)
+        status = poe_trace_write(r->trace, r->options->emulate_compute ? "compute" : NULL, r->options->trace);
     if (status == POE_OK && r->rank == 0 && t->evaluated && !interrupted)
         poe_report_evaluation(r->options, &t->evaluation, r->corpus.has_tokenizer);
     bool learnt = !interrupted && !r->options->emulate_compute;
@@ -186,6 +188,10 @@ static poe_status train_run(poe_run *r)
     if (status == POE_OK)
         status = poe_comm_barrier(r->comm, "the start");
     poe_log_settle(true);
+    if (status != POE_OK)
+        return status;
+    if (r->options->trace)
+        status = poe_trace_create(r->comm, r->id, poe_clock_machine(), POE_TRACE_EVENTS, &r->trace);
     if (status != POE_OK)
         return status;
     poe_training training;
