@@ -37,6 +37,11 @@ double poe_account_busy(const poe_account_times *t)
     return t->seconds[POE_ACCOUNT_FORWARD] + t->seconds[POE_ACCOUNT_BACKWARD] + t->seconds[POE_ACCOUNT_OPTIMIZER];
 }
 
+double poe_account_step_seconds(const poe_account_times *times)
+{
+    return times->wall - times->seconds[POE_ACCOUNT_CHECKPOINT];
+}
+
 void poe_account_add(poe_account_times *sum, const poe_account_times *times)
 {
     for (int i = 0; i < POE_ACCOUNT_COUNT; i++)

@@ -39,6 +39,8 @@ typedef struct poe_account_times {
 json_t *poe_account_json(const poe_account_times *times);
 /* Forward, backward and optimizer: the time in which a rank does what it is there for. */
 double poe_account_busy(const poe_account_times *times);
+/* A step's seconds without the checkpoint before it. */
+double poe_account_step_seconds(const poe_account_times *times);
 void poe_account_add(poe_account_times *sum, const poe_account_times *times);
 
 enum { POE_ACCOUNT_CHANNELS = 16 };

@@ -22,6 +22,17 @@ static poe_status backward(poe_compute *c, int slot, const int32_t *targets, int
     return poe_stage_backward(c->stage, slot, targets, n_micro, d_out, d_in, loss);
 }
 
+static poe_status backward_input(poe_compute *c, int slot, const int32_t *targets, int n_micro,
+                                 const poe_crossing *d_out, const poe_crossing *d_in, double *loss)
+{
+    return poe_stage_backward_input(c->stage, slot, targets, n_micro, d_out, d_in, loss);
+}
+
+static void backward_weight(poe_compute *c, int slot)
+{
+    poe_stage_backward_weight(c->stage, slot);
+}
+
 static bool gradients_finite(const poe_compute *c)
 {
     return poe_stage_gradients_finite(c->stage);
@@ -50,6 +61,8 @@ static void clear_shared_gradients(poe_compute *c)
 static const poe_compute_ops computing = {
     .forward = forward,
     .backward = backward,
+    .backward_input = backward_input,
+    .backward_weight = backward_weight,
     .gradients_finite = gradients_finite,
     .update_own = update_own,
     .update_shared = update_shared,
@@ -102,14 +115,33 @@ static void emulated_forward(poe_compute *c, int slot, size_t b, size_t t, const
     emulate(c, POE_EMULATED_FORWARD);
 }
 
+static void emulate_backward(poe_compute *c, poe_emulated which, const poe_crossing *d_in, double *loss)
+{
+    put_zeros(d_in, c->floats);
+    *loss = 0;
+    emulate(c, which);
+}
+
 static poe_status emulated_backward(poe_compute *c, int slot, const int32_t *targets, int n_micro,
                                     const poe_crossing *d_out, const poe_crossing *d_in, double *loss)
 {
     (void)slot, (void)targets, (void)n_micro, (void)d_out;
-    put_zeros(d_in, c->floats);
-    *loss = 0;
-    emulate(c, POE_EMULATED_BACKWARD);
+    emulate_backward(c, POE_EMULATED_BACKWARD, d_in, loss);
     return POE_OK;
+}
+
+static poe_status emulated_backward_input(poe_compute *c, int slot, const int32_t *targets, int n_micro,
+                                          const poe_crossing *d_out, const poe_crossing *d_in, double *loss)
+{
+    (void)slot, (void)targets, (void)n_micro, (void)d_out;
+    emulate_backward(c, POE_EMULATED_BACKWARD_INPUT, d_in, loss);
+    return POE_OK;
+}
+
+static void emulated_backward_weight(poe_compute *c, int slot)
+{
+    (void)slot;
+    emulate(c, POE_EMULATED_BACKWARD_WEIGHT);
 }
 
 static bool emulated_gradients_finite(const poe_compute *c)
@@ -141,6 +173,8 @@ static void emulated_clear(poe_compute *c)
 static const poe_compute_ops emulating = {
     .forward = emulated_forward,
     .backward = emulated_backward,
+    .backward_input = emulated_backward_input,
+    .backward_weight = emulated_backward_weight,
     .gradients_finite = emulated_gradients_finite,
     .update_own = emulated_update_own,
     .update_shared = emulated_update_shared,

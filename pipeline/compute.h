@@ -17,6 +17,9 @@ typedef struct poe_compute_ops {
                     const poe_crossing *out);
     poe_status (*backward)(poe_compute *compute, int slot, const int32_t *targets, int n_micro,
                            const poe_crossing *d_out, const poe_crossing *d_in, double *loss);
+    poe_status (*backward_input)(poe_compute *compute, int slot, const int32_t *targets, int n_micro,
+                                 const poe_crossing *d_out, const poe_crossing *d_in, double *loss);
+    void (*backward_weight)(poe_compute *compute, int slot);
     bool (*gradients_finite)(const poe_compute *compute);
     void (*update_own)(poe_compute *compute, const poe_rates *rates);
     void (*update_shared)(poe_compute *compute, const poe_rates *rates, const float *sum);
