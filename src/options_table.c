@@ -68,10 +68,10 @@ const poe_option poe_option_table[] = {
     WORD("size", size, NULL, "tiny|286m|897m|1.3b|3b", TRAIN, FIXED,
          "preset of the sizes below; what is given beside it wins"),
     {"stages", "L,L,...", GROUP, POE_OPTION_TYPE_STAGES, FIELD(stages), "16,6,5,5", 0, 0, NULL, TRAIN, FIXED,
-     "layers of every stage; one rank per stage"},
+     "layers of every stage, LxN for N alike; one rank per stage"},
     WORD("head", head, "sh", "sh|ps", TRAIN, FIXED, "one head shared by all stages, or with one more per stage"),
     WORD("objective", objective, "poe", "poe|bp|hierarchical", TRAIN, FIXED,
-         "local losses, or backpropagation with one loss"),
+         "local losses, backpropagation with one loss, or a loss per stage whose gradient goes all the way back"),
     REAL("alpha", alpha, "0", 0, 1, TRAIN, FIXED, "the loss of each of K stages counts 1/K^(1-alpha)"),
     WORD("backout", backout, "auto", "auto|on|off", TRAIN, FIXED,
          "bp: subtract the middle layer before the head; auto: on under bp"),
@@ -101,6 +101,8 @@ const poe_option poe_option_table[] = {
     REAL("unembedding-lr", unembedding_lr, "0.008", 0, RATE_MAX, TRAIN, FIXED, "rate of the heads"),
     REAL("scalar-lr", scalar_lr, "0.5", 0, RATE_MAX, TRAIN, FIXED, "rate of the residual and x0 scalars"),
     REAL("weight-decay", weight_decay, "0.28", 0, RATE_MAX, TRAIN, FIXED, "decay of the block matrices"),
+    WORD("schedule", schedule, "auto", "auto|poe|gpipe|1f1b|zb-h1|zb-h2|ddp", TRAIN, CHANGEABLE,
+         "order of a step's passes; auto: poe for poe, else 1f1b; ddp: the whole model on every rank"),
     STRING("sync", "RULE", sync, "exact", TRAIN, FIXED,
            "shared parameters: exact, stale:D (applied D steps late) or every:N steps"),
     INT64("seed", seed, "0", 0, EXACT_MAX, TRAIN | GENERATE, FIXED, "of the initial weights, or of the sampling"),
@@ -135,6 +137,8 @@ const poe_option poe_option_table[] = {
         "start so many by mpiexec; 0: one process, or as mpiexec did"),
     WORD("transport", transport, "auto", "auto|inproc|mpi", TRAIN, CHANGEABLE,
          "how ranks talk; auto: mpi under mpiexec"),
+    INT("link-window", link_window, "0", 0, 65536, TRAIN, CHANGEABLE,
+        "micro-batches under way between two ranks; 0: what schedule and --sync need"),
     INT("threads", threads, "0", 0, 4096, TRAIN | GENERATE, LOCAL,
         "per rank; 0: cores of the host divided by its ranks"),
     REAL("deadline", deadline, "120", 0.1, 1e6, TRAIN, CHANGEABLE,
@@ -146,6 +150,12 @@ const poe_option poe_option_table[] = {
     WORD("kernels", kernels, "auto", "auto|generic|avx2|avx512", TRAIN | GENERATE, CHANGEABLE,
          "instructions to compute with"),
     BOOL("dry-run", dry_run, TRAIN, CALL, "show model and memory per rank, and stop"),
+#undef GROUP
+#define GROUP "Measuring"
+    PATH("trace", "FILE", trace, TRAIN, CALL, "write what every rank did when, for ui.perfetto.dev"),
+    PATH("emulate-compute", "TIMES", emulate_compute, TRAIN, FIXED,
+         "sleep instead of computing: forward=20ms,backward=40ms[,backward-input=,backward-weight=,optimizer=,jitter=], "
+         "for all stages or as STAGE:...;STAGE:..."),
 #undef GROUP
 #define GROUP "What to do"
     PATH("checkpoint", "DIR", checkpoint, GENERATE | INSPECT | EXPORT, CALL,
