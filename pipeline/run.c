@@ -231,7 +231,7 @@ static bool trains(const poe_run *r)
 static poe_stage_settings stage_settings(const poe_options *o, int stage, bool training, poe_recompute recompute)
 {
     return (poe_stage_settings){
-        .stage = stage, .rows = (size_t)o->device_batch_size, .training = training, .recompute = recompute};
+        .stage = stage, .rows = (size_t)o->device_batch_size, .slots = 1, .training = training, .recompute = recompute};
 }
 
 /* Every rank's memory, before any of it is allocated. */

@@ -88,12 +88,13 @@ static poe_status run_micro_batch(trainer *t, poe_batch *batch, double *loss)
     if (status != POE_OK)
         return status;
     poe_comm_doing(r->comm, "forward", batch->step, batch->micro);
-    poe_stage_forward(r->stage, batch->rows, batch->t, batch->idx, batch->h, h_out);
+    poe_stage_forward(r->stage, 0, batch->rows, batch->t, batch->idx, batch->h ? &(poe_crossing){.h = batch->h} : NULL,
+                      h_out ? &(poe_crossing){.h = h_out} : NULL);
     status = poe_streams_send_batch(&r->streams, batch);
     if (status != POE_OK)
         return status;
     poe_comm_doing(r->comm, "loss and backward", batch->step, batch->micro);
-    status = poe_stage_backward(r->stage, batch->targets, t->micro_batches, loss);
+    status = poe_stage_backward(r->stage, 0, batch->targets, t->micro_batches, NULL, NULL, loss);
     if (status == POE_NUMERIC && speaks_first(r))
         poe_error("step %lld: the loss of stage %d is %g (micro-batch %d); stopped before that stage's update",
                   (long long)batch->step, r->rank, *loss, batch->micro);
