@@ -38,6 +38,11 @@ poe_status poe_settings_model(const poe_options *o, int vocab_size, poe_model *m
     poe_status status = parse_objective(o->objective, &c.objective);
     if (status != POE_OK)
         return status;
+    if (c.objective == POE_OBJECTIVE_BP && c.n_stages > 1) {
+        poe_error("--objective bp with %d stages needs links that carry gradients back, which do not exist yet: "
+                  "give --stages one number", c.n_stages);
+        return POE_BAD_INPUT;
+    }
     c.backout = c.objective == POE_OBJECTIVE_BP && strcmp(o->backout, "off") != 0;
     memcpy(c.stage_layers, o->stages.layers, sizeof(int) * (size_t)o->stages.count);
     memcpy(c.window_pattern, o->window_pattern, sizeof(c.window_pattern));
