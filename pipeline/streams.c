@@ -22,6 +22,18 @@ static int count_of(members m)
     return 1 + m.x0 + m.mid;
 }
 
+const char *poe_channel_name(poe_channel channel)
+{
+    static const char *const names[] = {[POE_CHANNEL_BATCH] = "activations",
+                                        [POE_CHANNEL_AGGREGATE] = "aggregates",
+                                        [POE_CHANNEL_REPORT] = "reports",
+                                        [POE_CHANNEL_SHARED] = "shared gradients",
+                                        [POE_CHANNEL_EXPORT] = "weights",
+                                        [POE_CHANNEL_GRADIENT] = "gradients",
+                                        [POE_CHANNEL_REPLICAS] = "replicas' gradients"};
+    return names[channel];
+}
+
 static size_t token_bytes(size_t rows, size_t t)
 {
     return poe_arena_round(rows * t * sizeof(int32_t));
@@ -85,12 +97,12 @@ size_t poe_streams_memory(const poe_model *model, const poe_streams_settings *se
     return bytes + (out ? out * edge_memory(model, settings, settings->stage) : 0);
 }
 
-static poe_status open_link(poe_comm *comm, const char *what, int peer, poe_channel channel, bool outgoing,
+static poe_status open_link(poe_comm *comm, int peer, poe_channel channel, bool outgoing,
                             size_t max_bytes, int window, uint64_t run, poe_link **link)
 {
     char name[64];
     int self = poe_comm_rank(comm);
-    snprintf(name, sizeof(name), "%s %d->%d", what, outgoing ? self : peer, outgoing ? peer : self);
+    snprintf(name, sizeof(name), "%s %d->%d", poe_channel_name(channel), outgoing ? self : peer, outgoing ? peer : self);
     poe_link_settings settings = {.name = name,
                                   .peer = peer,
                                   .channel = (int)channel,
@@ -109,22 +121,18 @@ static bool aggregates(const poe_model *model)
 
 /* The links of one edge, seen from one of its ends. */
 static poe_status open_edge(const poe_streams *s, poe_comm *comm, const poe_streams_settings *settings, int peer,
-                            bool outgoing, poe_link **batch, poe_link **aggregate, poe_link **report,
-                            poe_link **gradient)
+                            bool outgoing, poe_link **batch, poe_link **aggregate, poe_link **gradient)
 {
     int from = outgoing ? s->stage : peer, window = poe_layout_window(settings->layout, from);
     uint64_t run = settings->run;
-    poe_status status = open_link(comm, "activations", peer, POE_CHANNEL_BATCH, outgoing,
-                                  batch_bytes(s->model, from, s->rows, s->t), window, run, batch);
+    poe_status status = open_link(comm, peer, POE_CHANNEL_BATCH, outgoing, batch_bytes(s->model, from, s->rows, s->t),
+                                  window, run, batch);
     if (status == POE_OK && s->aggregate_floats && aggregates(s->model))
-        status = open_link(comm, "aggregates", peer, POE_CHANNEL_AGGREGATE, outgoing,
-                           s->aggregate_floats * sizeof(float), AGGREGATE_WINDOW, run, aggregate);
-    if (status == POE_OK)
-        status = open_link(comm, "losses", peer, POE_CHANNEL_REPORT, outgoing, POE_MAX_STAGES * sizeof(double),
-                           settings->reports, run, report);
+        status = open_link(comm, peer, POE_CHANNEL_AGGREGATE, outgoing, s->aggregate_floats * sizeof(float),
+                           AGGREGATE_WINDOW, run, aggregate);
     if (status == POE_OK && goes_back(settings))
-        status = open_link(comm, "gradients", peer, POE_CHANNEL_GRADIENT, !outgoing,
-                           crossing_bytes(s->model, from, s->rows, s->t), window, run, gradient);
+        status = open_link(comm, peer, POE_CHANNEL_GRADIENT, !outgoing, crossing_bytes(s->model, from, s->rows, s->t),
+                           window, run, gradient);
     return status;
 }
 
@@ -145,17 +153,30 @@ static poe_status open_edges(poe_streams *s, poe_comm *comm, const poe_streams_s
     poe_status status = POE_OK;
     assert(s->n_targets <= 1 || !goes_back(settings));
     if (s->source >= 0)
-        status = open_edge(s, comm, settings, s->source, false, &s->batch_in, &s->aggregate_in, &s->report_in,
-                           &s->gradient_out);
+        status = open_edge(s, comm, settings, s->source, false, &s->batch_in, &s->aggregate_in, &s->gradient_out);
     for (int i = 0; status == POE_OK && i < s->n_targets; i++)
         status = open_edge(s, comm, settings, s->targets[i], true, &s->batch_out[i], &s->aggregate_out[i],
-                           &s->report_out[i], &s->gradient_in);
+                           &s->gradient_in);
+    return status;
+}
+
+static poe_status open_reports(poe_streams *s, poe_comm *comm, const poe_streams_settings *settings)
+{
+    size_t bytes = POE_MAX_STAGES * sizeof(poe_step_report);
+    poe_status status = POE_OK;
+    if (s->rank > 0)
+        status = open_link(comm, s->rank - 1, POE_CHANNEL_REPORT, false, bytes, settings->reports, settings->run,
+                           &s->report_in);
+    if (status == POE_OK && s->rank + 1 < poe_comm_size(comm))
+        status = open_link(comm, s->rank + 1, POE_CHANNEL_REPORT, true, bytes, settings->reports, settings->run,
+                           &s->report_out);
     return status;
 }
 
 poe_status poe_streams_open(poe_streams *s, poe_comm *comm, const poe_model *model, const poe_streams_settings *settings)
 {
     *s = (poe_streams){.model = model,
+                       .rank = poe_comm_rank(comm),
                        .stage = settings->stage,
                        .rows = settings->rows,
                        .t = (size_t)model->config.sequence_len,
@@ -167,6 +188,8 @@ poe_status poe_streams_open(poe_streams *s, poe_comm *comm, const poe_model *mod
     poe_status status = take_memory(s);
     if (status == POE_OK)
         status = open_edges(s, comm, settings);
+    if (status == POE_OK)
+        status = open_reports(s, comm, settings);
     if (status != POE_OK)
         poe_streams_close(s);
     return status;
@@ -181,9 +204,9 @@ void poe_streams_close(poe_streams *s)
     for (int i = 0; i < s->n_targets; i++) {
         poe_link_close(s->batch_out[i]);
         poe_link_close(s->aggregate_out[i]);
-        poe_link_close(s->report_out[i]);
     }
     poe_link_close(s->gradient_in);
+    poe_link_close(s->report_out);
     poe_arena_destroy(&s->arena);
     *s = (poe_streams){0};
 }
@@ -346,28 +369,24 @@ poe_status poe_streams_receive_aggregate(poe_streams *s, int64_t step, int chunk
     return POE_OK;
 }
 
-/* Copies `data` into a message to every target and sends it. */
-static poe_status send_copies(poe_streams *s, poe_link *const *links, const poe_message *message, const void *data)
+/* Copies `data` into a message and sends it. */
+static poe_status send_copy(poe_link *link, const poe_message *message, const void *data)
 {
-    for (int i = 0; i < s->n_targets; i++) {
-        void *payload;
-        if (!links[i])
-            continue;
-        poe_status status = poe_link_acquire(links[i], message, &payload);
-        if (status != POE_OK)
-            return status;
-        memcpy(payload, data, message->bytes);
-        status = poe_link_send(links[i], message);
-        if (status != POE_OK)
-            return status;
-    }
-    return POE_OK;
+    void *payload;
+    poe_status status = poe_link_acquire(link, message, &payload);
+    if (status != POE_OK)
+        return status;
+    memcpy(payload, data, message->bytes);
+    return poe_link_send(link, message);
 }
 
 poe_status poe_streams_send_aggregate(poe_streams *s, int64_t step, int chunk, size_t n, size_t v)
 {
     poe_message message = aggregate_message(step, chunk, s->stage, n, v);
-    return send_copies(s, s->aggregate_out, &message, s->aggregate);
+    poe_status status = POE_OK;
+    for (int i = 0; status == POE_OK && i < s->n_targets && s->aggregate_out[i]; i++)
+        status = send_copy(s->aggregate_out[i], &message, s->aggregate);
+    return status;
 }
 
 static poe_message report_message(int64_t step, int sender)
@@ -376,25 +395,30 @@ static poe_message report_message(int64_t step, int sender)
                          .step = step,
                          .stage = sender,
                          .shape = {(uint32_t)sender + 1, 0, 0, 0},
-                         .bytes = ((uint64_t)sender + 1) * sizeof(double)};
+                         .bytes = ((uint64_t)sender + 1) * sizeof(poe_step_report)};
 }
 
-poe_status poe_streams_receive_report(poe_streams *s, int64_t step, double *losses)
+poe_status poe_streams_receive_report(poe_streams *s, int64_t step, poe_step_report *reports)
 {
     if (!s->report_in)
         return POE_OK;
-    poe_message expected = report_message(step, s->source);
+    poe_message expected = report_message(step, s->rank - 1);
     void *payload;
     poe_status status = poe_link_receive(s->report_in, &expected, NULL, &payload);
     if (status != POE_OK)
         return status;
-    memcpy(losses, payload, expected.bytes);
+    memcpy(reports, payload, expected.bytes);
     poe_link_release(s->report_in);
     return POE_OK;
 }
 
-poe_status poe_streams_send_report(poe_streams *s, int64_t step, const double *losses)
+poe_status poe_streams_send_report(poe_streams *s, int64_t step, const poe_step_report *reports)
 {
-    poe_message message = report_message(step, s->stage);
-    return send_copies(s, s->report_out, &message, losses);
+    poe_message message = report_message(step, s->rank);
+    return s->report_out ? send_copy(s->report_out, &message, reports) : POE_OK;
+}
+
+bool poe_streams_report_ready(const poe_streams *s)
+{
+    return (!s->report_in || poe_link_ready(s->report_in)) && (!s->report_out || poe_link_ready(s->report_out));
 }

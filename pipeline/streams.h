@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT
- * The messages between stages, on comm's links, one set per edge: micro-batches (tokens, targets, what crosses the
- * boundary), where an objective has them the gradients that come back for these, partial aggregates of an evaluation,
- * and reports (losses ride forward). All travel along the table of edges, gradients against it. */
+ * The messages between stages, on comm's links: along the table of edges micro-batches (tokens, targets, what crosses
+ * the boundary) and partial aggregates of an evaluation; against it, where an objective has them, the gradients of what
+ * crossed; and from each rank to the next one reports (losses and accounts of time ride forward). */
 #ifndef POE_PIPELINE_STREAMS_H
 #define POE_PIPELINE_STREAMS_H
 
@@ -9,6 +9,7 @@
 #include <stdint.h>
 
 #include "comm/comm.h"
+#include "pipeline/accounts.h"
 #include "pipeline/edges.h"
 #include "pipeline/layout.h"
 #include "src/arena.h"
@@ -24,6 +25,8 @@ typedef enum poe_channel {
     POE_CHANNEL_GRADIENT,
     POE_CHANNEL_REPLICAS,
 } poe_channel;
+
+const char *poe_channel_name(poe_channel channel); /* what it carries: "activations", ... */
 
 typedef enum poe_kind {
     POE_KIND_TRAIN = 1,
@@ -52,15 +55,16 @@ typedef struct poe_batch {
 
 typedef struct poe_streams {
     const poe_model *model;
-    int stage, source; /* source: the stage that feeds this one, -1 for none */
+    int rank, stage, source; /* source: the stage that feeds this one, -1 for none */
     size_t rows, t, channels; /* B, T, C: the largest micro-batch */
     size_t aggregate_floats;
-    poe_link *batch_in, *aggregate_in, *report_in, *gradient_out; /* NULL at the first stage */
+    poe_link *batch_in, *aggregate_in, *gradient_out; /* NULL at the first stage */
     int n_targets;
     int targets[POE_MAX_STAGES];
     void *payloads[POE_MAX_STAGES]; /* of the micro-batch that is being made */
-    poe_link *batch_out[POE_MAX_STAGES], *aggregate_out[POE_MAX_STAGES], *report_out[POE_MAX_STAGES];
+    poe_link *batch_out[POE_MAX_STAGES], *aggregate_out[POE_MAX_STAGES];
     poe_link *gradient_in;    /* from the one stage that this one feeds; NULL where none come back */
+    poe_link *report_in, *report_out; /* NULL at the first rank, at the last one */
     poe_arena arena;          /* the first stage's tokens */
     int slots;
     int32_t *own_tokens;      /* (slots, 2, rows * t, padded) */
@@ -119,8 +123,16 @@ static inline const poe_crossing *poe_crossing_or_null(const poe_crossing *cross
 poe_status poe_streams_receive_aggregate(poe_streams *streams, int64_t step, int chunk, size_t n, size_t v);
 poe_status poe_streams_send_aggregate(poe_streams *streams, int64_t step, int chunk, size_t n, size_t v);
 
-/* Losses of a step: `losses` has one entry per stage before this one when received; one more when sent. */
-poe_status poe_streams_receive_report(poe_streams *streams, int64_t step, double *losses);
-poe_status poe_streams_send_report(poe_streams *streams, int64_t step, const double *losses);
+/* What a rank has to say of a step. */
+typedef struct poe_step_report {
+    double loss;
+    poe_account_times times;
+} poe_step_report;
+
+/* The reports of a step: one per rank before this one when received; one more when sent. */
+poe_status poe_streams_receive_report(poe_streams *streams, int64_t step, poe_step_report *reports);
+poe_status poe_streams_send_report(poe_streams *streams, int64_t step, const poe_step_report *reports);
+/* True when neither of these two would wait. */
+bool poe_streams_report_ready(const poe_streams *streams);
 
 #endif

@@ -116,6 +116,8 @@ bool poe_options_resumable(const char *key);
 /* True when the flag or key (by flag name, "num-iterations") was given by the user, not by a default, preset or the resumed run. */
 bool poe_options_given(const poe_options *options, const char *flag);
 
+/* Ranks of a run in one process: one per stage, or under --schedule ddp as many as --ranks says. */
+int poe_options_rank_count(const poe_options *options);
 /* Whether `ranks` ranks can share out a step's micro-batches (--schedule ddp). POE_BAD_INPUT: said. */
 poe_status poe_options_check_ranks(const poe_options *options, int ranks);
 

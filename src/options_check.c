@@ -100,6 +100,12 @@ static poe_status check_shared(const poe_options *options)
     return POE_BAD_INPUT;
 }
 
+int poe_options_rank_count(const poe_options *options)
+{
+    int replicas = options->ranks ? options->ranks : 1;
+    return is_replicated(options) ? replicas : options->stages.count;
+}
+
 poe_status poe_options_check_ranks(const poe_options *options, int ranks)
 {
     int64_t micro = options->total_batch_size / ((int64_t)options->device_batch_size * options->sequence_len);
