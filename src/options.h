@@ -87,6 +87,7 @@ typedef struct poe_options {
     double temperature;
     int top_k;
     int stage, prefix; /* -1: not given; neither: the full aggregate */
+    bool json;         /* plan: for scripts */
     /* help and version are answered by whoever parses: */
     bool help, version;
     uint64_t given[2]; /* one bit per flag: poe_options_given() */
@@ -99,6 +100,7 @@ typedef enum poe_command {
     POE_COMMAND_INSPECT,  /* poe-pipe inspect PATH */
     POE_COMMAND_EXPORT,   /* poe-pipe export --checkpoint DIR --export FILE.safetensors [--export-dtype bf16] */
     POE_COMMAND_DATA,     /* poe-pipe data --data ... --out DIR [--tokenizer FILE | --vocab-size V] */
+    POE_COMMAND_PLAN,     /* poe-pipe plan [a run's flags] [--ranks N] [--json] */
 } poe_command;
 
 /* Fills `options` from the command line (argv[0] is skipped; a subcommand's name too) and everything it refers to.

@@ -12,7 +12,8 @@ enum {
     INSPECT = 1 << POE_COMMAND_INSPECT,
     EXPORT = 1 << POE_COMMAND_EXPORT,
     DATA = 1 << POE_COMMAND_DATA,
-    ALL = TRAIN | GENERATE | INSPECT | EXPORT | DATA,
+    PLAN = 1 << POE_COMMAND_PLAN,
+    ALL = TRAIN | GENERATE | INSPECT | EXPORT | DATA | PLAN,
 
     FIXED = POE_OPTION_RUN, /* stays as the run was started */
     CHANGEABLE = POE_OPTION_RUN | POE_OPTION_RESUMABLE,
@@ -65,33 +66,33 @@ enum {
 
 const poe_option poe_option_table[] = {
 #define GROUP "Model"
-    WORD("size", size, NULL, "tiny|286m|897m|1.3b|3b", TRAIN, FIXED,
+    WORD("size", size, NULL, "tiny|286m|897m|1.3b|3b", TRAIN | PLAN, FIXED,
          "preset of the sizes below; what is given beside it wins"),
-    {"stages", "L,L,...", GROUP, POE_OPTION_TYPE_STAGES, FIELD(stages), "16,6,5,5", 0, 0, NULL, TRAIN, FIXED,
+    {"stages", "L,L,...", GROUP, POE_OPTION_TYPE_STAGES, FIELD(stages), "16,6,5,5", 0, 0, NULL, TRAIN | PLAN, FIXED,
      "layers of every stage, LxN for N alike; one rank per stage"},
-    WORD("head", head, "sh", "sh|ps", TRAIN, FIXED, "one head shared by all stages, or with one more per stage"),
-    WORD("objective", objective, "poe", "poe|bp|hierarchical", TRAIN, FIXED,
+    WORD("head", head, "sh", "sh|ps", TRAIN | PLAN, FIXED, "one head shared by all stages, or with one more per stage"),
+    WORD("objective", objective, "poe", "poe|bp|hierarchical", TRAIN | PLAN, FIXED,
          "local losses, backpropagation with one loss, or a loss per stage whose gradient goes all the way back"),
-    REAL("alpha", alpha, "0", 0, 1, TRAIN, FIXED, "the loss of each of K stages counts 1/K^(1-alpha)"),
-    WORD("backout", backout, "auto", "auto|on|off", TRAIN, FIXED,
+    REAL("alpha", alpha, "0", 0, 1, TRAIN | PLAN, FIXED, "the loss of each of K stages counts 1/K^(1-alpha)"),
+    WORD("backout", backout, "auto", "auto|on|off", TRAIN | PLAN, FIXED,
          "bp: subtract the middle layer before the head; auto: on under bp"),
-    INT("n-embd", n_embd, "128", 24, 65536, TRAIN, FIXED, "channels"),
-    INT("n-head", n_head, "4", 1, 4096, TRAIN, FIXED, "query heads"),
-    INT("n-kv-head", n_kv_head, "0", 0, 4096, TRAIN, FIXED, "key/value heads; 0: as many as query heads"),
-    INT("mlp-dim", mlp_dim, "0", 0, 1048576, TRAIN, FIXED, "inner width of the MLPs; 0: 4 times the channels"),
-    INT("sequence-len", sequence_len, "256", 1, 1048576, TRAIN, FIXED, "positions of a row"),
-    INT("vocab-size", vocab_size, "0", 0, 65536, TRAIN | DATA, FIXED,
+    INT("n-embd", n_embd, "128", 24, 65536, TRAIN | PLAN, FIXED, "channels"),
+    INT("n-head", n_head, "4", 1, 4096, TRAIN | PLAN, FIXED, "query heads"),
+    INT("n-kv-head", n_kv_head, "0", 0, 4096, TRAIN | PLAN, FIXED, "key/value heads; 0: as many as query heads"),
+    INT("mlp-dim", mlp_dim, "0", 0, 1048576, TRAIN | PLAN, FIXED, "inner width of the MLPs; 0: 4 times the channels"),
+    INT("sequence-len", sequence_len, "256", 1, 1048576, TRAIN | PLAN, FIXED, "positions of a row"),
+    INT("vocab-size", vocab_size, "0", 0, 65536, TRAIN | DATA | PLAN, FIXED,
         "tokens; 0: the tokenizer's, or 1024 when one is trained"),
-    STRING("window-pattern", "SSSL", window_pattern, "SSSL", TRAIN, FIXED,
+    STRING("window-pattern", "SSSL", window_pattern, "SSSL", TRAIN | PLAN, FIXED,
            "attention windows, tiled over the layers: L whole, S a quarter"),
-    REAL("norm-eps", norm_eps, "1.1920929e-7", 1e-30, 1, TRAIN, FIXED, "added to the mean square in every norm"),
+    REAL("norm-eps", norm_eps, "1.1920929e-7", 1e-30, 1, TRAIN | PLAN, FIXED, "added to the mean square in every norm"),
 #undef GROUP
 #define GROUP "Training"
     INT("num-iterations", num_iterations, "130", 0, INT_MAX, TRAIN, CHANGEABLE, "steps"),
-    WORD("dtype", dtype, "fp32", "fp32|bf16", TRAIN, FIXED,
+    WORD("dtype", dtype, "fp32", "fp32|bf16", TRAIN | PLAN, FIXED,
          "what the operands of matrix products are rounded to; sums, weights, optimiser stay fp32"),
-    INT("device-batch-size", device_batch_size, "4", 1, 65536, TRAIN, FIXED, "rows of a micro-batch"),
-    INT64("total-batch-size", total_batch_size, "4096", 1, EXACT_MAX, TRAIN, FIXED, "tokens of a step"),
+    INT("device-batch-size", device_batch_size, "4", 1, 65536, TRAIN | PLAN, FIXED, "rows of a micro-batch"),
+    INT64("total-batch-size", total_batch_size, "4096", 1, EXACT_MAX, TRAIN | PLAN, FIXED, "tokens of a step"),
     INT("warmup-steps", warmup_steps, "40", 0, INT_MAX, TRAIN, FIXED, "steps of linear warm-up"),
     REAL("warmdown-ratio", warmdown_ratio, "0.65", 0, 1, TRAIN, FIXED, "share of the steps in which the rates fall"),
     REAL("final-lr-frac", final_lr_frac, "0.05", 0, 1, TRAIN, FIXED, "what remains of the rates at the end"),
@@ -101,9 +102,9 @@ const poe_option poe_option_table[] = {
     REAL("unembedding-lr", unembedding_lr, "0.008", 0, RATE_MAX, TRAIN, FIXED, "rate of the heads"),
     REAL("scalar-lr", scalar_lr, "0.5", 0, RATE_MAX, TRAIN, FIXED, "rate of the residual and x0 scalars"),
     REAL("weight-decay", weight_decay, "0.28", 0, RATE_MAX, TRAIN, FIXED, "decay of the block matrices"),
-    WORD("schedule", schedule, "auto", "auto|poe|gpipe|1f1b|zb-h1|zb-h2|ddp", TRAIN, CHANGEABLE,
+    WORD("schedule", schedule, "auto", "auto|poe|gpipe|1f1b|zb-h1|zb-h2|ddp", TRAIN | PLAN, CHANGEABLE,
          "order of a step's passes; auto: poe for poe, else 1f1b; ddp: the whole model on every rank"),
-    STRING("sync", "RULE", sync, "exact", TRAIN, FIXED,
+    STRING("sync", "RULE", sync, "exact", TRAIN | PLAN, FIXED,
            "shared parameters: exact, stale:D (applied D steps late) or every:N steps"),
     INT64("seed", seed, "0", 0, EXACT_MAX, TRAIN | GENERATE, FIXED, "of the initial weights, or of the sampling"),
 #undef GROUP
@@ -133,29 +134,29 @@ const poe_option poe_option_table[] = {
     INT("keep", keep, "0", 0, INT_MAX, TRAIN, CHANGEABLE, "newest checkpoints to keep; 0: all"),
 #undef GROUP
 #define GROUP "Ranks"
-    INT("ranks", ranks, "0", 0, POE_OPTION_STAGES, TRAIN, CALL,
+    INT("ranks", ranks, "0", 0, POE_OPTION_STAGES, TRAIN | PLAN, CALL,
         "start so many by mpiexec; 0: one process, or as mpiexec did"),
     WORD("transport", transport, "auto", "auto|inproc|mpi", TRAIN, CHANGEABLE,
          "how ranks talk; auto: mpi under mpiexec"),
-    INT("link-window", link_window, "0", 0, 65536, TRAIN, CHANGEABLE,
+    INT("link-window", link_window, "0", 0, 65536, TRAIN | PLAN, CHANGEABLE,
         "micro-batches under way between two ranks; 0: what schedule and --sync need"),
-    INT("threads", threads, "0", 0, 4096, TRAIN | GENERATE, LOCAL,
+    INT("threads", threads, "0", 0, 4096, TRAIN | GENERATE | PLAN, LOCAL,
         "per rank; 0: cores of the host divided by its ranks"),
     REAL("deadline", deadline, "120", 0.1, 1e6, TRAIN, CHANGEABLE,
          "seconds without a sign of life before a rank is given up"),
-    PATH("net", "RULES", net, TRAIN, CHANGEABLE,
+    PATH("net", "RULES", net, TRAIN | PLAN, CHANGEABLE,
          "emulate a network: rules such as '0-1:rtt=80ms,bw=1Gbit', a file of them, or none"),
-    WORD("recompute", recompute, "auto", "auto|none|norms|block", TRAIN, LOCAL,
+    WORD("recompute", recompute, "auto", "auto|none|norms|block", TRAIN | PLAN, LOCAL,
          "what backward computes again to save memory; auto: the least that fits --memory-limit"),
-    SIZE("memory-limit", memory_limit, "0", TRAIN, LOCAL,
+    SIZE("memory-limit", memory_limit, "0", TRAIN | PLAN, LOCAL,
          "memory of a rank, as in 900MiB or 4GiB; 0: no limit"),
-    WORD("kernels", kernels, "auto", "auto|generic|avx2|avx512", TRAIN | GENERATE, CHANGEABLE,
+    WORD("kernels", kernels, "auto", "auto|generic|avx2|avx512", TRAIN | GENERATE | PLAN, CHANGEABLE,
          "instructions to compute with"),
     BOOL("dry-run", dry_run, TRAIN, CALL, "show model and memory per rank, and stop"),
 #undef GROUP
 #define GROUP "Measuring"
     PATH("trace", "FILE", trace, TRAIN, CALL, "write what every rank did when, for ui.perfetto.dev"),
-    PATH("emulate-compute", "TIMES", emulate_compute, TRAIN, FIXED,
+    PATH("emulate-compute", "TIMES", emulate_compute, TRAIN | PLAN, FIXED,
          "sleep instead of computing: forward=20ms,backward=40ms[,backward-input=,backward-weight=,optimizer=,jitter=], "
          "for all stages or as STAGE:...;STAGE:..."),
 #undef GROUP
@@ -166,6 +167,7 @@ const poe_option poe_option_table[] = {
     INT("max-tokens", max_tokens, "200", 1, 1048576, GENERATE, CALL, "tokens to generate"),
     REAL("temperature", temperature, "0.8", 0, 100, GENERATE, CALL, "of the sampling; 0: the likeliest token"),
     INT("top-k", top_k, "50", 0, 65536, GENERATE, CALL, "sample among the K likeliest; 0: all"),
+    BOOL("json", json, PLAN, CALL, "print the plan as JSON"),
     INT("stage", stage, "-1", -1, POE_OPTION_STAGES - 1, GENERATE, CALL, "use one stage alone, from 0"),
     INT("prefix", prefix, "-1", -1, POE_OPTION_STAGES - 1, GENERATE, CALL, "use stages 0 to this one"),
 #undef GROUP
@@ -184,7 +186,7 @@ const char *poe_command_title(poe_command command)
     static const char *const titles[] = {
         [POE_COMMAND_TRAIN] = "poe-pipe",           [POE_COMMAND_GENERATE] = "poe-pipe generate",
         [POE_COMMAND_INSPECT] = "poe-pipe inspect", [POE_COMMAND_EXPORT] = "poe-pipe export",
-        [POE_COMMAND_DATA] = "poe-pipe data",
+        [POE_COMMAND_DATA] = "poe-pipe data",       [POE_COMMAND_PLAN] = "poe-pipe plan",
     };
     return titles[command];
 }
