@@ -102,11 +102,12 @@ static void print_balance(const poe_plan_balance *balance, const double *ratios,
     putchar('\n');
 }
 
-static void print_balances(const poe_plan *plan)
+static void print_balances(const poe_plan_settings *s, const poe_plan *plan)
 {
     if (!plan->n_balances)
         return;
-    printf("\npoe beside 1f1b: tokens/s of poe over those of 1f1b, both in their most even stages, M micro-batches a step\n");
+    printf("\npoe beside 1f1b: tokens/s of poe over those of 1f1b, %s, M micro-batches a step\n",
+           s->calibration ? "both in their most even stages" : "both at the given times");
     printf(" ranks  --sync");
     for (int i = 0; i < POE_PLAN_MICRO; i++)
         printf("   M %-3d", poe_plan_micro[i]);
@@ -146,7 +147,7 @@ void poe_plan_print(const poe_plan_settings *s, const poe_plan *plan, const char
     print_ranks(s, plan);
     print_advice(plan);
     print_cases(plan);
-    print_balances(plan);
+    print_balances(s, plan);
 }
 
 /* --- JSON ----------------------------------------------------------------------------------------------------------------- */

@@ -515,6 +515,15 @@ static bool all_equal(const poe_theory_job *job)
     return equal && !(chained && job->window);
 }
 
+/* A micro-batch is given back a forward, the way, t and the way back after its own forward began; until then the sender
+ * goes on with others. */
+static bool credits_suffice(const poe_theory_job *job)
+{
+    const poe_theory_rank *rank = &job->ranks[0];
+    double t = rank->forward + rank->backward;
+    return !job->window || job->window * t >= rank->forward + t + 2 * job->down[0].latency;
+}
+
 /* Seconds of a step that a rank computes whatever others do. */
 static double busy_of(const poe_theory_job *job, int r)
 {
@@ -545,7 +554,7 @@ bool poe_theory_closed_form(const poe_theory_job *job, double *step)
     switch (job->schedule) {
     case POE_SCHEDULE_POE:
         *step = job->shares ? poe_closed_form(job) : busy;
-        return valid && !job->window && !job->every;
+        return valid && credits_suffice(job) && !job->every;
     case POE_SCHEDULE_GPIPE:
         *step = busy + others * (f + job->ranks[0].backward + 2 * latency);
         return valid && !job->shares;

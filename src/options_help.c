@@ -52,7 +52,7 @@ static const char *const examples[] = {
     [POE_COMMAND_EXPORT] = "  poe-pipe export --checkpoint runs/a --export a.safetensors --export-dtype bf16\n",
     [POE_COMMAND_DATA] = "  poe-pipe data --data book.txt --out data/book --vocab-size 4096\n"
                          "  poe-pipe data --data a.jsonl --data b.jsonl --tokenizer tokenizer.json --out data/ab\n",
-    [POE_COMMAND_PLAN] = "  poe-pipe plan --stages 4,4,4,4 --net 'all-all:rtt=80ms,bw=1Gbit'\n"
+    [POE_COMMAND_PLAN] = "  poe-pipe plan --stages 4,4,4,4 --net '*-*:rtt=80ms,bw=1Gbit'\n"
                          "  poe-pipe plan --stages 2x96 --emulate-compute forward=20ms,backward=40ms --json\n",
 };
 

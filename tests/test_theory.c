@@ -235,6 +235,11 @@ static void test_window(void)
     CHECK_NEAR(solve(&job).step, 4 * (1 + 5 + 3 + 5), 1e-9, 0);
     job.window = 5;
     CHECK_NEAR(solve(&job).idle, 0, 0, 1e-9);
+    /* So long as credits suffice the formula holds. */
+    double step;
+    CHECK(poe_theory_closed_form(&job, &step) && step == 12);
+    job.window = 4;
+    CHECK(!poe_theory_closed_form(&job, &step) && solve(&job).step > 12.5);
 }
 
 /* Unequal stages are bounded by the largest: 16,6,5,5 layers on four ranks are half idle. */
