@@ -274,6 +274,15 @@ static poe_status agree_on_memory(poe_run *r)
     return status == POE_OK ? poe_comm_gather(r->comm, &mine, r->memory, sizeof(mine)) : status;
 }
 
+static poe_status emulate_compute(poe_run *r)
+{
+    poe_emulation emulation;
+    poe_status status = poe_emulation_parse(r->options->emulate_compute, r->options->stages.count, &emulation);
+    if (status == POE_OK)
+        poe_compute_emulate(&r->compute, r->stage, &r->accounts, emulation.seconds[r->index], r->options->seed, r->rank);
+    return status;
+}
+
 static poe_status create_stage(poe_run *r)
 {
     poe_stage_settings settings =
@@ -285,7 +294,10 @@ static poe_status create_stage(poe_run *r)
     poe_status status = poe_cpu_create(r->kernels, r->threads, &limits, &r->backend);
     if (status == POE_OK)
         status = poe_stage_create(&r->model, &settings, r->backend, &r->stage);
-    poe_compute_init(&r->compute, r->stage);
+    if (status == POE_OK && r->options->emulate_compute)
+        status = emulate_compute(r);
+    else
+        poe_compute_init(&r->compute, r->stage);
     return status;
 }
 

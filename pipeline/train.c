@@ -141,7 +141,7 @@ static poe_status rest_after(trainer *t, int64_t done)
 {
     const poe_options *o = t->run->options;
     bool evaluates = t->run->corpus.n_eval && due(done, o->eval_every);
-    bool saves = t->stop || due(done, o->save_every);
+    bool saves = !o->emulate_compute && (t->stop || due(done, o->save_every));
     poe_status status = evaluates || saves ? poe_step_reports_pass(&t->reports, true) : POE_OK;
     if (status == POE_OK && evaluates)
         status = evaluate(t, done);
@@ -168,7 +168,7 @@ static poe_status finish(trainer *t)
     poe_status status = poe_shared_finish(&r->shared);
     if (status == POE_OK && r->corpus.n_eval)
         status = evaluate(t, t->training->steps);
-    if (status == POE_OK && t->training->steps > r->first_step)
+    if (status == POE_OK && t->training->steps > r->first_step && !r->options->emulate_compute)
         status = save(t, t->training->steps);
     return status;
 }

@@ -100,7 +100,7 @@ typedef enum poe_command {
     POE_COMMAND_INSPECT,  /* poe-pipe inspect PATH */
     POE_COMMAND_EXPORT,   /* poe-pipe export --checkpoint DIR --export FILE.safetensors [--export-dtype bf16] */
     POE_COMMAND_DATA,     /* poe-pipe data --data ... --out DIR [--tokenizer FILE | --vocab-size V] */
-    POE_COMMAND_PLAN,     /* poe-pipe plan [a run's flags] [--ranks N] [--json] */
+    POE_COMMAND_PLAN,     /* poe-pipe plan [a run's flags] [--json] */
 } poe_command;
 
 /* Fills `options` from the command line (argv[0] is skipped; a subcommand's name too) and everything it refers to.

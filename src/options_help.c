@@ -31,8 +31,10 @@ static const char *const usages[] = {
                          "Trains or reads a tokenizer and writes OUT/tokenizer.json, OUT/train.bin and OUT/val.bin.\n",
     [POE_COMMAND_PLAN] = "Usage: poe-pipe plan [flags]\n"
                          "\n"
-                         "Predicts step time, waiting, memory and traffic of a run by its schedule's graph, from the speed of\n"
-                         "this machine's kernels or from given times; beside other stages, --sync stale:D and 1f1b.\n",
+                         "Predicts step time, waiting, memory and traffic of the run that has these flags, by its schedule's\n"
+                         "graph, from the speed of this machine's kernels or from given times (--emulate-compute); beside other\n"
+                         "stages, --sync stale:D and 1f1b. --ranks N asks for N even stages of the same layers. Flags that have\n"
+                         "no part in this are taken and left alone.\n",
 };
 
 static const char *const examples[] = {

@@ -424,8 +424,12 @@ static void case_rotary(run *r)
         plain_rotary(want + i * hs, want_dx + i * hs, x + i * hs, dy + i * hs, cosine + angle, sine + angle, hs);
     }
     r->ops->rotary_forward(r->be, x, rinv, x, cosine, sine, b, t, heads, hs, eps);
-    r->ops->rotary_backward(r->be, dy, dy, x, rinv, cosine, sine, b, t, heads, hs);
     expect(r, "rotary y", x, want, n, exact);
+    float *over_y = draw(r, n, 1);
+    memcpy(over_y, x, n * sizeof(*x));
+    r->ops->rotary_backward(r->be, over_y, dy, over_y, rinv, cosine, sine, b, t, heads, hs);
+    r->ops->rotary_backward(r->be, dy, dy, x, rinv, cosine, sine, b, t, heads, hs);
+    CHECK(memcmp(over_y, dy, n * sizeof(*dy)) == 0);
     /* A head whose values happen to be small has a large rinv, and cancels: the tolerance is that of rinv^2. */
     expect(r, "rotary dx", dy, want_dx, n, 1e-4);
 }
