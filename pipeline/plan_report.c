@@ -57,17 +57,43 @@ static const char *rule_text(const poe_theory_job *job, char text[32])
     return text;
 }
 
-static void print_ranks(const poe_plan_settings *s, const poe_plan *plan)
+static int layers_at(const poe_plan *plan, int rank)
+{
+    const poe_stage_list *layout = &plan->cases[0].layout;
+    return layout->layers[rank < layout->count ? rank : 0];
+}
+
+static bool alike(const poe_plan *plan, int a, int b)
 {
     const poe_plan_case *asked = &plan->cases[0];
-    printf("\n rank  layers     forward    backward      update    busy/step     idle      memory\n");
-    for (int k = 0; k < s->n_ranks; k++) {
-        const poe_theory_rank *rank = &asked->job.ranks[k];
-        char a[32], b[32], c[32], d[32], e[32];
-        int layers = asked->layout.layers[k < asked->layout.count ? k : 0];
-        printf("%5d %7d %11s %11s %11s %12s %7.1f %% %11s\n", k, layers, time_text(rank->forward, a),
-               time_text(rank->backward, b), time_text(rank->update_own + rank->update_shared, c),
-               time_text(asked->result.busy[k], d), 100 * share_idle(&asked->result, k), bytes_text(plan->memory[k], e));
+    return layers_at(plan, a) == layers_at(plan, b) && plan->memory[a] == plan->memory[b] &&
+           fabs(asked->result.busy[a] - asked->result.busy[b]) <= 1e-9 * asked->result.step &&
+           memcmp(&asked->job.ranks[a], &asked->job.ranks[b], sizeof(asked->job.ranks[a])) == 0;
+}
+
+static void print_rank(const poe_plan *plan, const char *name, int k)
+{
+    const poe_plan_case *asked = &plan->cases[0];
+    const poe_theory_rank *rank = &asked->job.ranks[k];
+    char a[32], b[32], c[32], d[32], e[32];
+    printf("%6s %7d %11s %11s %11s %12s %7.1f %% %11s\n", name, layers_at(plan, k), time_text(rank->forward, a),
+           time_text(rank->backward, b), time_text(rank->update_own + rank->update_shared, c),
+           time_text(asked->result.busy[k], d), 100 * share_idle(&asked->result, k), bytes_text(plan->memory[k], e));
+}
+
+/* Ranks that are alike in a row share a line. */
+static void print_ranks(const poe_plan_settings *s, const poe_plan *plan)
+{
+    printf("\n  rank  layers     forward    backward      update    busy/step     idle      memory\n");
+    for (int first = 0, end; first < s->n_ranks; first = end) {
+        char name[32];
+        for (end = first + 1; end < s->n_ranks && alike(plan, first, end); end++)
+            ;
+        if (end - first > 1)
+            snprintf(name, sizeof(name), "%d-%d", first, end - 1);
+        else
+            snprintf(name, sizeof(name), "%d", first);
+        print_rank(plan, name, first);
     }
 }
 
