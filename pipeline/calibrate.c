@@ -13,26 +13,42 @@
 #include "stages/stage.h"
 
 enum {
-    MOST_REPETITIONS = 7,
-    PROBE_POSITIONS = 32,
+    MOST_REPETITIONS = 25, /* short ones: the least is what no other process disturbed */
+    LEAST_POSITIONS = 512, /* fewer only when everything else was made smaller */
+    LEAST_WIDTH = 256,
+    DEEP = 3, /* layers of the stage that tells a layer from the rest */
+    PROBE_SIDE = 512,
     MESSAGES = 12,
     MOST_MESSAGE = 16 << 20, /* bytes */
-    MUON_SIDE = 1024,        /* larger matrices are timed at a size below and scaled */
+    MUON_SIDE = 512,         /* larger matrices are timed at a size below and scaled */
     ADAMW_FLOATS = 1 << 22,
 };
 
-/* Each of the four kinds of one-layer stage, the two-layer one and the bare head get one share. */
-static const double SHARE = 1.2; /* s */
+/* Seconds: what each of six stages or parts, and the updates, may take; a pass of the largest; all together. */
+static const double SHARE = 0.9, PASS = 0.1, WHOLE = 8;
 
-/* A stage of its own: the run's layers, one or two of them, with its head and embedding. */
+/* A stage of its own: one or DEEP of the run's layers, with head and embedding. */
 typedef struct probe {
     poe_model model;
     poe_backend *backend;
     poe_stage *stage;
     size_t rows, positions;
+    int narrower; /* the model's widths are divided by this */
+    double end;   /* of all measuring */
     int32_t *tokens; /* (2, rows * positions): inputs, targets */
     poe_part_time time;
 } probe;
+
+/* What a stopwatch reads: of one thread its processor's time, so that other programs do not count; of several, which
+ * wait for each other, the time on the clock. */
+static double stopwatch(int threads)
+{
+    struct timespec t;
+    if (threads > 1)
+        return poe_now();
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
 
 static size_t smaller(size_t a, size_t b)
 {
@@ -66,9 +82,15 @@ static double layer_flops(const poe_model *m, size_t rows, size_t positions, boo
 
 /* --- one stage -------------------------------------------------------------------------------------------------------- */
 
-static poe_status small_model(const poe_model *model, int layers, bool value_embed, bool whole, poe_model *small)
+static poe_status small_model(const poe_model *model, int layers, bool value_embed, bool whole, probe *p)
 {
     poe_model_config config = model->config;
+    poe_model *small = &p->model;
+    config.n_embd /= p->narrower;
+    config.n_head /= p->narrower;
+    config.n_kv_head /= p->narrower;
+    config.mlp_dim = (int)model->mlp_dim / p->narrower;
+    config.vocab_size /= p->narrower;
     config.n_stages = 1;
     config.stage_layers[0] = layers;
     config.objective = POE_OBJECTIVE_POE;
@@ -136,28 +158,28 @@ static poe_status open_probe(const poe_options *o, int threads, probe *p)
 }
 
 /* Least times of several passes, the first of which is for the caches and pages. */
-static void time_passes(probe *p, double seconds)
+static void time_passes(probe *p, int threads)
 {
-    double end = poe_now() + seconds, loss;
+    double end = fmin(poe_now() + SHARE, p->end), loss;
     p->time = (poe_part_time){INFINITY, INFINITY};
     for (int i = 0; i < MOST_REPETITIONS && (i < 2 || poe_now() < end); i++) {
-        double start = poe_now();
+        double start = stopwatch(threads);
         poe_stage_forward(p->stage, 0, p->rows, p->positions, p->tokens, NULL, NULL);
-        double middle = poe_now();
+        double middle = stopwatch(threads);
         (void)poe_stage_backward(p->stage, 0, p->tokens + p->rows * p->positions, 1, NULL, NULL, &loss);
         p->time.forward = fmin(p->time.forward, middle - start);
-        p->time.backward = fmin(p->time.backward, poe_now() - middle);
+        p->time.backward = fmin(p->time.backward, stopwatch(threads) - middle);
     }
 }
 
 static poe_status time_stage(const poe_options *o, const poe_model *model, int threads, int layers, bool value_embed,
                              bool whole, probe *p)
 {
-    poe_status status = small_model(model, layers, value_embed, whole, &p->model);
+    poe_status status = small_model(model, layers, value_embed, whole, p);
     if (status == POE_OK)
         status = open_probe(o, threads, p);
     if (status == POE_OK)
-        time_passes(p, SHARE);
+        time_passes(p, threads);
     close_probe(p);
     return status;
 }
@@ -182,27 +204,27 @@ static poe_part_time scaled(poe_part_time t, double factor)
 /* The head alone, on its own operation. */
 static poe_status time_head(const poe_options *o, const poe_model *model, int threads, probe *p)
 {
-    poe_status status = small_model(model, 1, false, true, &p->model);
+    poe_status status = small_model(model, 1, false, true, p);
     if (status == POE_OK)
         status = open_probe(o, threads, p);
-    size_t n = p->rows * p->positions, c = (size_t)model->config.n_embd, vp = model->vocab_padded;
+    size_t n = p->rows * p->positions, c = (size_t)p->model.config.n_embd, vp = p->model.vocab_padded;
     float *u = malloc(2 * n * c * sizeof(*u));
     if (status == POE_OK && !u) {
         poe_error("out of memory for the calibration");
         status = POE_FAILED;
     }
     if (status == POE_OK) {
-        double end = poe_now() + SHARE, loss;
+        double end = fmin(poe_now() + SHARE, p->end), loss;
         const poe_tensor *head = poe_tensor_find(poe_stage_shared_table(p->stage), "lm_head.weight");
         float *w = poe_stage_shared_values(p->stage) + head->offset;
         float *dw = poe_stage_shared_gradients(p->stage) + head->offset;
         p->backend->ops->fill(p->backend, u, 0.5f, 2 * n * c);
         p->time = (poe_part_time){0, INFINITY};
         for (int i = 0; i < MOST_REPETITIONS && (i < 2 || poe_now() < end); i++) {
-            double start = poe_now();
+            double start = stopwatch(threads);
             p->backend->ops->head_loss(p->backend, &loss, u + n * c, dw, u, w, p->tokens, 1, n, c,
-                                       (size_t)model->config.vocab_size, vp);
-            p->time.backward = fmin(p->time.backward, poe_now() - start);
+                                       (size_t)p->model.config.vocab_size, vp);
+            p->time.backward = fmin(p->time.backward, stopwatch(threads) - start);
         }
     }
     free(u);
@@ -210,49 +232,106 @@ static poe_status time_head(const poe_options *o, const poe_model *model, int th
     return status;
 }
 
-/* As much of a micro-batch as a share of the time allows, by the speed of a small one. */
+/* Floating-point operations per second of this backend's products. */
+static poe_status time_products(const poe_options *o, int threads, double *rate)
+{
+    const size_t n = PROBE_SIDE;
+    poe_kernels kernels;
+    poe_backend *backend = NULL;
+    poe_backend_limits limits = {.rows = n, .t = n, .c = n, .head_size = 2, .n_head = 1, .n_kv_head = 1, .mlp_dim = n,
+                                 .vocab_padded = 64, .bf16 = strcmp(o->dtype, "bf16") == 0};
+    poe_status status = poe_kernels_parse(o->kernels, &kernels);
+    if (status == POE_OK)
+        status = poe_cpu_create(kernels, threads, &limits, &backend);
+    float *memory = malloc(3 * n * n * sizeof(*memory));
+    if (status == POE_OK && !memory) {
+        poe_error("out of memory for the calibration");
+        status = POE_FAILED;
+    }
+    if (status == POE_OK) {
+        double least = INFINITY;
+        backend->ops->fill(backend, memory, 0.5f, 3 * n * n);
+        for (int i = 0; i < 3; i++) {
+            double start = stopwatch(threads);
+            backend->ops->matmul(backend, memory, n, memory + n * n, n, memory + 2 * n * n, n, n, n, false);
+            least = fmin(least, stopwatch(threads) - start);
+        }
+        *rate = 2.0 * (double)(n * n * n) / least;
+    }
+    free(memory);
+    poe_cpu_destroy(backend);
+    return status;
+}
+
+static double head_flops(const poe_model *m, size_t rows, size_t positions)
+{
+    return 6.0 * (double)(rows * positions) * m->config.n_embd * (double)m->vocab_padded;
+}
+
+/* The deep stage, forward and backward. */
+static double pass_flops(const poe_model *model, const probe *p)
+{
+    double narrower = p->narrower * p->narrower;
+    return (3 * DEEP * layer_flops(model, p->rows, p->positions, true) + head_flops(model, p->rows, p->positions)) / narrower;
+}
+
+static bool can_narrow(const poe_model_config *c, int mlp_dim, int narrower)
+{
+    return c->n_embd / narrower >= LEAST_WIDTH && c->n_head % narrower == 0 && c->n_kv_head % narrower == 0 &&
+           mlp_dim % narrower == 0 && c->vocab_size / narrower >= 64;
+}
+
+/* As much of a micro-batch and of the model's width as a pass may take. */
 static poe_status choose_size(const poe_options *o, const poe_model *model, int threads, probe *p)
 {
-    p->rows = 1;
-    p->positions = smaller(PROBE_POSITIONS, (size_t)model->config.sequence_len);
-    poe_status status = time_stage(o, model, threads, 2, true, true, p);
+    double rate;
+    poe_status status = time_products(o, threads, &rate);
     if (status != POE_OK)
         return status;
-    double per_token = (p->time.forward + p->time.backward) / (double)p->positions;
-    double tokens = largest(SHARE / 3 / per_token, PROBE_POSITIONS);
-    size_t t = (size_t)model->config.sequence_len, rows = (size_t)o->device_batch_size;
-    p->positions = smaller(t, (size_t)tokens);
-    p->rows = smaller(rows, (size_t)largest(floor(tokens / (double)t), 1));
+    double most = rate * PASS;
+    p->rows = (size_t)o->device_batch_size;
+    p->positions = (size_t)model->config.sequence_len;
+    p->narrower = 1;
+    while (p->rows > 1 && pass_flops(model, p) > most)
+        p->rows--;
+    while (p->positions > LEAST_POSITIONS && pass_flops(model, p) > most)
+        p->positions /= 2;
+    while (can_narrow(&model->config, (int)model->mlp_dim, 2 * p->narrower) && pass_flops(model, p) > most)
+        p->narrower *= 2;
+    while (p->positions > 16 && pass_flops(model, p) > most)
+        p->positions /= 2;
     return POE_OK;
 }
 
 static poe_status time_parts(const poe_options *o, const poe_model *model, int threads, poe_calibration *c)
 {
-    probe p = {0};
-    poe_part_time one[2][2], two;
+    probe p = {.end = poe_now() + WHOLE};
+    poe_part_time one[2][2], deep;
     poe_status status = choose_size(o, model, threads, &p);
     for (int kind = 0; status == POE_OK && kind < 4; kind++) {
         status = time_stage(o, model, threads, 1, kind / 2, kind % 2, &p);
         one[kind / 2][kind % 2] = p.time;
     }
     if (status == POE_OK)
-        status = time_stage(o, model, threads, 2, false, true, &p);
-    two = p.time;
+        status = time_stage(o, model, threads, DEEP, false, true, &p);
+    deep = p.time;
     if (status == POE_OK)
         status = time_head(o, model, threads, &p);
     if (status != POE_OK)
         return status;
     c->rows = p.rows;
     c->positions = p.positions;
-    double full = (double)o->device_batch_size * model->config.sequence_len, here = (double)(p.rows * p.positions);
-    poe_part_time whole = difference(two, one[0][1]), rest = difference(one[0][1], whole);
-    c->head = scaled(p.time, full / here);
-    c->embedding = scaled(difference(rest, p.time), full / here);
+    c->narrower = p.narrower;
+    size_t rows = (size_t)o->device_batch_size, t = (size_t)model->config.sequence_len;
+    double tokens = (double)(rows * t) / (double)(p.rows * p.positions);
+    poe_part_time whole = scaled(difference(deep, one[0][1]), 1.0 / (DEEP - 1)), rest = difference(one[0][1], whole);
+    c->head = scaled(p.time, head_flops(model, rows, t) / head_flops(&p.model, p.rows, p.positions));
+    c->embedding = scaled(difference(rest, p.time), tokens * p.narrower);
     for (int kind = 0; kind < 4; kind++) {
         poe_part_time layer = difference(one[kind / 2][kind % 2], rest);
-        double flops = layer_flops(model, p.rows, p.positions, kind % 2);
-        c->layers[kind / 2][kind % 2] = scaled(
-            layer, layer_flops(model, (size_t)o->device_batch_size, (size_t)model->config.sequence_len, kind % 2) / flops);
+        bool all = kind % 2;
+        c->layers[kind / 2][all] =
+            scaled(layer, layer_flops(model, rows, t, all) / layer_flops(&p.model, p.rows, p.positions, all));
     }
     return POE_OK;
 }
@@ -288,12 +367,12 @@ static poe_status time_updates(const poe_options *o, const poe_model *model, int
         c->muon = c->adamw = INFINITY;
         double end = poe_now() + SHARE;
         for (int i = 0; i < MOST_REPETITIONS && (i < 2 || poe_now() < end); i++) {
-            double start = poe_now();
+            double start = stopwatch(threads);
             ops->muon(backend, w, m, second, g, rows, cols, &muon);
-            double middle = poe_now();
+            double middle = stopwatch(threads);
             ops->adamw(backend, w, m, v, g, floats, &adamw);
             c->muon = fmin(c->muon, (middle - start) / poe_muon_flops(rows, cols));
-            c->adamw = fmin(c->adamw, (poe_now() - middle) / (double)floats);
+            c->adamw = fmin(c->adamw, (stopwatch(threads) - middle) / (double)floats);
         }
     }
     free(memory);

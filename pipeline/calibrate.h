@@ -19,8 +19,9 @@ typedef struct poe_calibration {
     double muon;                /* seconds per floating-point operation of an update, poe_muon_flops() */
     double adamw;               /* seconds per parameter of an update */
     double latency, bandwidth;  /* of one message: seconds, and bytes per second beyond */
-    size_t rows, positions;     /* of the micro-batch that was timed; less than the run's for large models, then scaled
-                                 * by arithmetic */
+    size_t rows, positions;     /* of the micro-batch that was timed */
+    int narrower;               /* and what the model's widths were divided by: for large models, then scaled by the
+                                 * arithmetic that is left out */
     int threads;
     double seconds;             /* that it took */
 } poe_calibration;
@@ -28,7 +29,7 @@ typedef struct poe_calibration {
 /* Of Muon on one matrix: five iterations of three products of its smaller side. */
 double poe_muon_flops(size_t rows, size_t cols);
 
-/* Takes at most about 10 s, whatever the size; memory of one layer, embedding and head. `threads` of one rank. The
+/* Takes at most about 10 s, whatever the size; memory of three layers, embedding and head. `threads` of one rank. The
  * OpenBLAS kernels must be the right ones (poe_blas_ensure()). POE_BAD_INPUT, POE_FAILED: said. */
 poe_status poe_calibrate(const poe_options *options, const poe_model *model, int threads, poe_calibration *calibration);
 

@@ -62,6 +62,8 @@ static poe_status calibrate(const poe_options *o, int n_ranks, sources *from)
     if (c->rows < (size_t)o->device_batch_size || c->positions < (size_t)o->sequence_len)
         used += snprintf(from->rates + used, SOURCE_BYTES - (size_t)used, ", on %zu x %zu tokens of a micro-batch's %d x %d",
                          c->rows, c->positions, o->device_batch_size, o->sequence_len);
+    if (c->narrower > 1)
+        used += snprintf(from->rates + used, SOURCE_BYTES - (size_t)used, ", with a %dth of the width", c->narrower);
     if ((long)n_ranks * threads > cores)
         snprintf(from->rates + used, SOURCE_BYTES - (size_t)used,
                  "; the %ld cores here are fewer than %d ranks want: this is a plan for ranks with cores of their own", cores,
