@@ -10,7 +10,8 @@
 
 #include "comm/comm.h"
 
-enum { POE_CHANNELS = 64 }; /* 0..15 the caller's, the rest for payloads, credits, control and collectives */
+/* 0..15 the caller's, up to POE_DATA_CHANNELS their payloads, the rest for credits, control and collectives. */
+enum { POE_CHANNELS = 64, POE_DATA_CHANNELS = 32 };
 
 typedef struct poe_transport poe_transport;
 
@@ -34,12 +35,15 @@ typedef struct poe_transport_ops {
      * memory, which therefore must never be freed. */
     void (*cancel)(poe_transport *transport, poe_operation *op);
     void (*destroy)(poe_transport *transport);
+    /* For tests: breaks the connection with `peer` as a failing network would. NULL: there are none of its own. */
+    void (*cut)(poe_transport *transport, int peer);
 } poe_transport_ops;
 
 struct poe_transport {
     const poe_transport_ops *ops;
     int rank, size, host_ranks;
     const char *host;
+    const char *emulated; /* lines that say how a decorator changes the network; NULL: the network is real */
 };
 
 /* A comm on a transport, which it owns from then on, also on failure. Starts the helper thread, which speaks for the

@@ -187,6 +187,30 @@ static poe_status check_train(poe_options *options)
     return status == POE_OK ? check_emulation(options) : status;
 }
 
+/* As a run would check them, but that --ranks may ask for other stages than --stages has. */
+static poe_status check_plan(poe_options *options)
+{
+    int layers = 0;
+    poe_status status = check_sync(options);
+    if (status == POE_OK)
+        status = check_model(options);
+    if (status == POE_OK)
+        status = check_schedule(options);
+    if (status == POE_OK)
+        status = check_shared(options);
+    if (status == POE_OK)
+        status = check_batch(options);
+    if (status != POE_OK || is_replicated(options))
+        return status == POE_OK && options->ranks ? poe_options_check_ranks(options, options->ranks) : status;
+    for (int k = 0; k < options->stages.count; k++)
+        layers += options->stages.layers[k];
+    if (options->ranks <= layers)
+        return POE_OK;
+    poe_error("--ranks: found %d with %d layers in --stages, allowed is at most one rank per layer (%d)", options->ranks,
+              layers, layers);
+    return POE_BAD_INPUT;
+}
+
 static const char *missing(const poe_options *options, poe_command command)
 {
     bool checkpoint = options->checkpoint != NULL;
@@ -212,6 +236,8 @@ poe_status poe_options_check(poe_options *options, poe_command command)
 {
     if (command == POE_COMMAND_TRAIN)
         return check_train(options);
+    if (command == POE_COMMAND_PLAN)
+        return check_plan(options);
     const char *what = missing(options, command);
     if (!what)
         return POE_OK;

@@ -130,9 +130,9 @@ static void drop_send(poe_transport *t, int peer, int channel, const void *data,
 }
 
 static const poe_transport_ops damaging = {"damaging",    pass_send, pass_receive, pass_progress,
-                                           pass_wake, pass_cancel, pass_destroy};
+                                           pass_wake, pass_cancel, pass_destroy, NULL};
 static const poe_transport_ops silent = {"silent",      drop_send, pass_receive, pass_progress,
-                                         pass_wake, pass_cancel, pass_destroy};
+                                         pass_wake, pass_cancel, pass_destroy, NULL};
 
 static poe_transport *decorate(poe_transport *transport, const poe_transport_ops *ops)
 {

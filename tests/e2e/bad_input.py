@@ -261,5 +261,20 @@ def commands(folder):
     poe.check(not os.path.exists(f'{folder}/x'), 'data left a folder')
 
 
+def plans(folder):
+    times = ['--emulate-compute', 'forward=20ms,backward=40ms']
+    for args, words in ((['--stages', '2,2', '--ranks', 5], ('--ranks', '5', '4')),
+                        (['--stages', '2,2', '--ranks', 3] + times, ('--ranks', '3', '2')),
+                        (['--stages', '2,2', '--emulate-compute', 'forward=20'], ('--emulate-compute', 'forward=20')),
+                        (['--stages', '2,2', '--net', '0-7:rtt=80ms'] + times, ('--net', '7')),
+                        (['--stages', '2,2', '--schedule', 'zb-h1'], ('--schedule', 'zb-h1')),
+                        (['--stages', '2,2', '--sync', 'late'], ('--sync', 'late')),
+                        (['--jsn'], ('--json',))):
+        refuse(['plan'] + args, *words, launches=(poe.THREADS,))
+    refuse(['--json'], '--json', launches=(poe.THREADS,))
+    poe.check(not os.listdir(folder), os.listdir(folder))
+
+
 poe.main(stages, ranks_and_stages, sizes, flag_values, files, unreadable, shards, texts, configurations, weights, folders,
-         no_export, full_disk, not_a_number, late_infinity, other_configuration, commands)
+         no_export, full_disk, not_a_number, late_infinity, other_configuration, commands,
+         plans)
