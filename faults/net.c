@@ -15,8 +15,8 @@
 #include "src/clock.h"
 #include "src/log.h"
 
-/* How long destroy() goes on delivering what is due later, and waits for the last to be taken. */
-static const double longest_flush = 30, last_wait = 1;
+/* Seconds that destroy() goes on delivering, and that it waits for a last sign of life to be heard. */
+static const double longest_flush = 30, farewell = 0.2;
 
 enum { SMALLEST = 256, CLASSES = 48 };
 
@@ -36,7 +36,7 @@ typedef struct lane {
     bool real, cut;
     double rtt;
     poe_net_state state;
-    uint64_t sent;                   /* messages on the channels of data */
+    uint64_t sent;                   /* frames and payloads */
     uint64_t numbers[POE_CHANNELS];  /* messages on each */
     held *first, *last;              /* not yet given below, in order of `due` */
     held *refused;                   /* the first of them that is not accepted */
@@ -121,7 +121,7 @@ static poe_rng dice_of(const emulator *e, int peer, int channel, uint64_t number
 
 static void damage(const lane *l, poe_rng *rng, held *h)
 {
-    bool chosen = h->channel < POE_DATA_CHANNELS && l->sent == l->link->corrupt_message;
+    bool chosen = h->channel < POE_CHANNEL_CREDIT && l->sent == l->link->corrupt_message;
     chosen |= poe_rng_uniform(rng) < l->link->corrupt;
     if (chosen && h->bytes)
         h->data[poe_rng_next(rng) % h->bytes] ^= (unsigned char)(1 + poe_rng_next(rng) % 255);
@@ -155,7 +155,7 @@ static void net_send(poe_transport *transport, int peer, int channel, const void
     double now = clock_of(e);
     h->peer = peer;
     h->channel = channel;
-    l->sent += channel < POE_DATA_CHANNELS;
+    l->sent += channel < POE_CHANNEL_CREDIT;
     poe_rng rng = dice_of(e, peer, channel, l->numbers[channel]++);
     poe_net_times times = poe_net_next(l->link, l->rtt, &l->state, &rng, now, bytes);
     h->accepted = times.accepted;
@@ -306,22 +306,24 @@ static void net_cut(poe_transport *transport, int peer)
 }
 
 /* --- the end ------------------------------------------------------------------------------------------------------ */
-static bool anything_due(const emulator *e, double until)
+/* What others may still wait for when a rank leaves: its part of the last barrier, and the news that it is gone. Credits
+ * and the like are for links that are closed. */
+static bool has_last_words(const emulator *e, double now, double until)
 {
     for (int peer = 0; peer < e->base.size; peer++)
-        if (e->lanes[peer].first && e->lanes[peer].first->due < until)
+        for (const held *h = e->lanes[peer].first; h; h = h->next)
+            if (h->channel >= POE_CHANNEL_BEAT && h->due < until)
+                return true;
+    for (const held *h = e->flying; h; h = h->next)
+        if (h->channel > POE_CHANNEL_BEAT || (h->channel == POE_CHANNEL_BEAT && now < h->due + farewell))
             return true;
     return false;
 }
 
-/* A peer that has left takes nothing any more; whoever waits for a last word takes it within moments. */
 static void flush(emulator *e)
 {
-    double until = clock_of(e) + longest_flush;
-    while (anything_due(e, until) && clock_of(e) < until)
-        net_progress(&e->base, 0.1);
-    until = clock_of(e) + last_wait;
-    while (e->flying && clock_of(e) < until)
+    double now = clock_of(e), until = now + longest_flush;
+    for (; now < until && has_last_words(e, now, until); now = clock_of(e))
         net_progress(&e->base, 0.01);
 }
 

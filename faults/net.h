@@ -63,7 +63,8 @@ char *poe_net_describe(const poe_net *net);
  *
  * What a sender sees: an operation is done once the message has its place in an emulated send buffer of 4 MiB (Linux's
  * largest by default), which empties at the link's bandwidth: small messages at once, as with a socket. The memory is
- * the sender's again from then on. destroy() first delivers what is still on its way, for at most 30 s. */
+ * the sender's again from then on. destroy() first delivers what others may still wait for: collective calls and signs
+ * of life. */
 poe_status poe_net_wrap(const poe_net *net, poe_transport **transport);
 
 #endif
