@@ -28,7 +28,7 @@ def same_numbers(folder):
         poe.check(all('emulated' not in m for m in poe.metrics(real)), 'a real run is marked')
         emulated, result = train(folder, f'emulated-{sync}', launch, ranks, net=net, sync=sync, head='ps')
         check_same(real, emulated)
-        for words in ('network   emulated: ', ', on an emulated network', ' (emulated network) | '):
+        for words in ('network   emulated: ', ', emulated network', ' (emulated network) | '):
             poe.check(words in result.out, f'"{words}" in {result.out}')
         poe.check(all(m['emulated'] == 'network' for m in poe.metrics(emulated)), 'a line is not marked')
 
