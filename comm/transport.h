@@ -10,8 +10,15 @@
 
 #include "comm/comm.h"
 
-/* 0..15 the caller's, up to POE_DATA_CHANNELS their payloads, the rest for credits, control and collectives. */
-enum { POE_CHANNELS = 64, POE_DATA_CHANNELS = 32 };
+/* Links and reduces have 0..15 for frames; the others are derived. */
+enum {
+    POE_CHANNEL_PAYLOAD = 16,
+    POE_CHANNEL_CREDIT = 32,
+    POE_CHANNEL_BEAT = 48,
+    POE_CHANNEL_COLLECTIVE = 49,
+    POE_CHANNEL_COLLECTIVE_PAYLOAD = 50,
+    POE_CHANNELS = 64,
+};
 
 typedef struct poe_transport poe_transport;
 
