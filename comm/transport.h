@@ -34,6 +34,8 @@ typedef struct poe_transport_ops {
      * memory, which therefore must never be freed. */
     void (*cancel)(poe_transport *transport, poe_operation *op);
     void (*destroy)(poe_transport *transport);
+    /* Breaks the connection to `peer`, as a network may: for tests of what makes it anew. NULL: there is none to break. */
+    void (*cut)(poe_transport *transport, int peer);
 } poe_transport_ops;
 
 struct poe_transport {
