@@ -32,6 +32,7 @@ int poe_comm_rank(const poe_comm *comm);
 int poe_comm_size(const poe_comm *comm);
 int poe_comm_host_ranks(const poe_comm *comm); /* ranks of this job on this rank's host, itself included */
 const char *poe_comm_transport(const poe_comm *comm); /* "inproc", "mpi" */
+const char *poe_comm_emulated(const poe_comm *comm); /* lines that say how the network is emulated; NULL: it is real */
 /* Applies from now on (the deadline is a flag, known only after the start). NULL: the defaults. */
 void poe_comm_configure(poe_comm *comm, const poe_comm_settings *settings);
 /* Stops the helper thread and frees everything; collective with the other ranks when `orderly` (outstanding sends are

@@ -11,7 +11,8 @@
 
 typedef struct poe_metrics {
     FILE *file;
-    const char *path; /* borrowed */
+    const char *path;     /* borrowed */
+    const char *emulated; /* borrowed; what of the run is emulated: stands in every line; NULL: nothing */
 } poe_metrics;
 
 /* Opens OUT's metrics for steps `first` on. `previous` (NULL: none; may be `path` itself): the file of the run that is

@@ -112,6 +112,17 @@ static void print_data(const poe_run *r)
         printf("; no held-out text, no evaluation\n");
 }
 
+/* The text's lines, one below the other. */
+static void print_network(const char *emulated)
+{
+    const char *heading = "network   emulated: ";
+    for (size_t length; *emulated; emulated += length + (emulated[length] == '\n')) {
+        length = strcspn(emulated, "\n");
+        printf("%s%.*s\n", heading, (int)length, emulated);
+        heading = "          ";
+    }
+}
+
 poe_status poe_report_start(const poe_options *o, const poe_model *m, int threads, const poe_run *r)
 {
     printf("poe-pipe %s\n", POE_VERSION);
@@ -121,6 +132,8 @@ poe_status poe_report_start(const poe_options *o, const poe_model *m, int thread
         printf("ranks     %d over %s, %d on this host, %d thread%s each, kernels %s, OpenBLAS %s\n", r->size,
                poe_comm_transport(r->comm), poe_comm_host_ranks(r->comm), threads, threads == 1 ? "" : "s",
                poe_kernels_name(r->kernels), poe_blas_kernels());
+        if (poe_comm_emulated(r->comm))
+            print_network(poe_comm_emulated(r->comm));
         if (strcmp(o->dtype, "bf16") == 0)
             printf("dtype     bf16: %s\n", poe_bf16_engine(r->kernels));
         printf("output    %s\n", r->out);
@@ -227,8 +240,9 @@ void poe_progress_step(poe_progress *p, int64_t step, double loss, const double 
     if (r->size > 1)
         used += append_losses(line + used, sizeof(line) - (size_t)used, stage_losses, r->size);
     snprintf(line + used, sizeof(line) - (size_t)used,
-             " | lrm: %.2f | dt: %.0fms | tok/sec: %.0f | epoch: %u | total time: %s | eta: %s", lrm, dt * 1e3,
-             (double)r->options->total_batch_size / dt, epoch, total, eta);
+             " | lrm: %.2f | dt: %.0fms | tok/sec: %.0f%s | epoch: %u | total time: %s | eta: %s", lrm, dt * 1e3,
+             (double)r->options->total_batch_size / dt, poe_comm_emulated(r->comm) ? " (emulated network)" : "", epoch, total,
+             eta);
     show_line(p, line, last);
 }
 
@@ -300,7 +314,8 @@ static double share(double part, double whole)
 static void print_ranks(const poe_run *r, const poe_training *t, const rank_facts *all)
 {
     bool processes = strcmp(poe_comm_transport(r->comm), "inproc") != 0;
-    printf("\n%.0f tokens/s over %.1f s of training\n", (double)t->tokens / t->seconds, t->seconds);
+    printf("\n%.0f tokens/s over %.1f s of training%s\n", (double)t->tokens / t->seconds, t->seconds,
+           poe_comm_emulated(r->comm) ? ", on an emulated network" : "");
     printf(" rank  waited for: activations  credits   shared sums    sent      overlapped   arenas     peak%s\n",
            processes ? "" : " (all)");
     for (int k = 0; k < r->size; k++) {

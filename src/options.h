@@ -71,6 +71,7 @@ typedef struct poe_options {
     char transport[POE_OPTION_TEXT]; /* auto | inproc | mpi */
     int threads; /* per rank; 0: cores of the host divided by its ranks, at least 1 */
     double deadline; /* seconds */
+    char *net;       /* owned; NULL or "none": the network as it is */
     char recompute[POE_OPTION_TEXT]; /* auto (the first that fits memory_limit) | none | norms | block */
     int64_t memory_limit;            /* bytes of a rank; 0: none. JSON: also texts, "4GiB" */
     char kernels[POE_OPTION_TEXT]; /* auto | generic | avx2 | avx512 */

@@ -139,6 +139,8 @@ const poe_option poe_option_table[] = {
         "per rank; 0: cores of the host divided by its ranks"),
     REAL("deadline", deadline, "120", 0.1, 1e6, TRAIN, CHANGEABLE,
          "seconds without a sign of life before a rank is given up"),
+    PATH("net", "RULES", net, TRAIN, CHANGEABLE,
+         "emulate a network: rules such as '0-1:rtt=80ms,bw=1Gbit', a file of them, or none"),
     WORD("recompute", recompute, "auto", "auto|none|norms|block", TRAIN, LOCAL,
          "what backward computes again to save memory; auto: the least that fits --memory-limit"),
     SIZE("memory-limit", memory_limit, "0", TRAIN, LOCAL,

@@ -9,6 +9,7 @@
 
 #include "comm/inproc/inproc.h"
 #include "comm/mpi/mpi.h"
+#include "faults/net.h"
 #include "pipeline/control.h"
 #include "src/files.h"
 #include "src/log.h"
@@ -78,12 +79,26 @@ static int exit_status_of(poe_status status)
     return status == POE_INTERRUPTED && interrupted ? interrupted : poe_exit_status(status);
 }
 
+/* Puts --net in front of each of `n` transports of one job. On failure some may have it and some not: they still reach
+ * each other. */
+static poe_status wrap(const poe_options *options, int n, poe_transport **transports)
+{
+    poe_net net;
+    poe_status status = poe_net_read(options->net, transports[0]->size, &net);
+    for (int k = 0; status == POE_OK && k < n; k++)
+        status = poe_net_wrap(&net, &transports[k]);
+    poe_net_free(&net);
+    return status;
+}
+
 int poe_ranks_threads(int size, const poe_options *options, poe_rank_body body)
 {
     poe_transport *transports[POE_OPTION_STAGES];
     pthread_t threads[POE_OPTION_STAGES];
     rank_job jobs[POE_OPTION_STAGES];
     poe_status status = poe_inproc_create(size, transports);
+    if (status == POE_OK)
+        status = wrap(options, size, transports);
     if (status == POE_OK)
         status = poe_control_start(false);
     if (status != POE_OK)
@@ -111,15 +126,18 @@ static poe_status check_size(const poe_options *options, int size)
 
 static poe_status run_mpi_rank(rank_job *job, poe_status parse_status)
 {
-    poe_status status = poe_mpi_create(&job->transport);
+    poe_status status = poe_mpi_create(&job->transport), mine = parse_status;
     poe_comm_settings settings = {.deadline = parse_status == POE_OK ? job->options->deadline : 0};
     poe_comm *comm;
+    if (status == POE_OK && mine == POE_OK)
+        mine = check_size(job->options, job->size);
+    if (status == POE_OK && mine == POE_OK)
+        mine = wrap(job->options, 1, &job->transport);
     if (status == POE_OK)
         status = poe_comm_create(job->transport, &settings, &comm);
     if (status != POE_OK)
         end_job(poe_exit_status(status));
-    status = parse_status == POE_OK ? check_size(job->options, job->size) : parse_status;
-    status = poe_comm_agree(comm, status);
+    status = poe_comm_agree(comm, mine);
     if (status == POE_OK)
         return run_body(comm, job);
     poe_comm_destroy(comm, true);

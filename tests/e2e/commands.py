@@ -171,7 +171,7 @@ def help_and_version(folder):
                  'window-pattern device-batch-size total-batch-size num-iterations warmup-steps warmdown-ratio '
                  'final-lr-frac matrix-lr embedding-lr unembedding-lr scalar-lr weight-decay seed data val-data tokenizer '
                  'init-from export config out resume save-every eval-every transport threads deadline size dry-run '
-                 'eval-tokens eval-only ranks kernels keep version').split():
+                 'eval-tokens eval-only ranks kernels keep net version').split():
         poe.check(f'--{flag} ' in listed.replace('\n', ' '), f'--help lacks --{flag}')
 
 
