@@ -390,7 +390,7 @@ void poe_report_files(const poe_run *r, const poe_training *t, bool interrupted)
 {
     char ranks[32] = "", run[4 * POE_PATH_MAX], checkpoint[4 * POE_PATH_MAX], path[POE_PATH_MAX], command[4 * POE_PATH_MAX];
     const char *pipe = quoted(program(path), command);
-    if (strcmp(poe_comm_transport(r->comm), "mpi") == 0)
+    if (strcmp(poe_comm_transport(r->comm), "inproc") != 0)
         snprintf(ranks, sizeof(ranks), " --ranks %d", r->size);
     const char *out = quoted(r->out, run), *newest = quoted(t->checkpoint, checkpoint);
     printf("\n");
