@@ -28,29 +28,24 @@ static void end_token(token *t, size_t bytes, bool failed)
     poe_line_return(t);
 }
 
-static bool take_error(fabric *f)
+/* The failure of a short send is known by that of the connection. */
+static void take_error(fabric *f)
 {
     struct fi_cq_err_entry entry = {0};
-    if (fi_cq_readerr(f->cq, &entry, 0) != 1)
-        return false;
-    if (entry.op_context)
+    if (fi_cq_readerr(f->cq, &entry, 0) == 1 && entry.op_context)
         end_token(entry.op_context, 0, true);
-    return true;
 }
 
-/* Stops soon after an operation is done, so that its receive's successor can be posted before more is read. */
+/* One batch: its operations' successors are to be posted before more is read. */
 static void take_completions(fabric *f)
 {
     struct fi_cq_msg_entry entries[BATCH];
-    while (f->completed < BATCH) {
-        ssize_t n = fi_cq_read(f->cq, entries, BATCH);
-        if (n == -FI_EAVAIL && take_error(f))
-            continue;
-        if (n <= 0)
-            return;
-        for (ssize_t i = 0; i < n; i++)
-            end_token(entries[i].op_context, entries[i].len, false);
-    }
+    ssize_t n = fi_cq_read(f->cq, entries, BATCH);
+    f->quiet = n == -FI_EAGAIN;
+    if (n == -FI_EAVAIL)
+        take_error(f);
+    for (ssize_t i = 0; i < n; i++)
+        end_token(entries[i].op_context, entries[i].len, false);
 }
 
 static void free_closed(fabric *f)
@@ -66,12 +61,16 @@ static void free_closed(fabric *f)
     }
 }
 
-static void step(fabric *f)
+/* `waits`: nothing else is to be done, so that the provider need not be asked again before it has something. */
+static void step(fabric *f, bool waits)
 {
     for (int rank = 0; rank < f->base.size; rank++)
-        if (f->peers[rank])
+        if (f->peers[rank]) {
             poe_stream_settle(f->peers[rank]);
-    take_completions(f);
+            poe_stream_pump(f->peers[rank]);
+        }
+    if (!waits || !f->quiet)
+        take_completions(f);
     if (f->look || f->steps++ % STEPS_PER_LOOK == 0)
         poe_line_events(f);
     f->look = false;
@@ -91,10 +90,15 @@ static bool sleep_until(fabric *f, double until)
                            {.fd = f->wake_fd, .events = POLLIN}};
     uint64_t rings;
     double left = until - poe_now();
-    if (left <= 0 || fi_trywait(f->fid, fids, 2) != 0)
+    if (left <= 0 || !f->quiet)
         return false;
+    if (fi_trywait(f->fid, fids, 2) != 0) {
+        f->quiet = false;
+        return false;
+    }
     struct timespec t = {.tv_sec = (time_t)left, .tv_nsec = (long)((left - (double)(time_t)left) * 1e9)};
     ppoll(fds, 3, &t, NULL);
+    f->quiet = fds[0].revents == 0;
     f->look = fds[1].revents != 0;
     if (!fds[2].revents || read(f->wake_fd, &rings, sizeof(rings)) < 0)
         return false;
@@ -108,7 +112,7 @@ static bool fabric_progress(poe_transport *transport, double wait)
     double until = poe_now() + wait;
     bool woken = false;
     for (;;) {
-        step(f);
+        step(f, wait > 0);
         if (f->completed || woken || poe_now() >= until)
             break;
         woken = sleep_until(f, fmin(until, f->due));
@@ -168,8 +172,7 @@ static void fabric_cut(poe_transport *transport, int rank)
 
 static bool may_leave(const peer *p)
 {
-    bool answered = !p->bye_answer && p->controls == 0;
-    return p->failed || (p->ended && answered) || (p->state != JOINED && p->apart_since == 0 && poe_stream_is_idle(p)) ||
+    return p->failed || (p->ended && !p->bye_answer) || (p->state != JOINED && p->apart_since == 0 && poe_stream_is_idle(p)) ||
            (p->bye && poe_stream_is_idle(p));
 }
 
@@ -186,7 +189,7 @@ static void say_goodbye(fabric *f)
             p->bye |= p->state == JOINED;
             all &= may_leave(p);
         }
-        step(f);
+        step(f, true);
         if (!all)
             sleep_until(f, fmin(until, f->due));
     }
@@ -202,8 +205,9 @@ static void fabric_destroy(poe_transport *transport)
             poe_line_drop(f->peers[rank]);
             poe_stream_fail(f->peers[rank]);
         }
-    f->completed = 0;
-    take_completions(f); /* the provider returns what it had */
+    do /* the provider returns what it had */
+        take_completions(f);
+    while (!f->quiet);
     free_closed(f);
     poe_fabric_close(f);
 }

@@ -19,11 +19,11 @@
 
 enum {
     UNIT_BYTES = 1 << 20, /* longest body: what is sent again after a break, and what a heartbeat waits behind */
-    SLOTS = 256,          /* units per peer that are not acknowledged yet */
+    SLOTS = 128,          /* units per peer that are not acknowledged yet */
     SLACK = 4 << 20,      /* bytes per channel that may come before their receives are posted */
     OVERHEAD = 64,        /* ... of which every message counts for so many more than its length */
-    CONTROLS = 16,        /* headers without data under way at once */
     NAME_BYTES = 124,
+    MAX_PARTS = 8, /* units in one message */
 };
 
 typedef struct fabric fabric;
@@ -65,9 +65,9 @@ typedef struct channel {
 
 /* A unit of data that is not acknowledged: number s is in slot s % SLOTS. */
 typedef struct slot {
-    transfer *owner; /* NULL: the body is behind the header */
+    transfer *owner; /* NULL: of a message that is short as a whole, and was copied */
     poe_unit unit;
-    int posted; /* parts of it that the provider has */
+    bool posted; /* the provider has the owner's memory */
 } slot;
 
 /* One endpoint; outlives its peer's use of it until the provider has returned all tokens. */
@@ -80,18 +80,17 @@ typedef struct line {
     unsigned char heard[POE_UNIT_SLOT];
 } line;
 
-typedef enum token_kind { SENT_DATA, SENT_CONTROL, GOT_HEADER, GOT_BODY } token_kind;
+typedef enum token_kind { SENT_BODY, GOT_HEADER, GOT_BODY } token_kind;
 
-/* Something that the provider was asked to do. */
+/* What the provider was asked to do, and gives word of. It does not for short sends: those have come to an end when the
+ * other side acknowledges them. */
 typedef struct token {
-    struct fi_context2 context; /* first: the provider returns its address */
-    struct token *next;         /* in the list of free ones */
+    struct token *next; /* in the list of free ones */
     token_kind kind;
     line *line;
     slot *slot;
     size_t bytes;
     struct fid_mr *registered;
-    unsigned char control[POE_UNIT_HEADER];
 } token;
 
 typedef enum line_state { APART, DIALLING, ANSWERING, JOINED } line_state;
@@ -113,11 +112,11 @@ struct peer {
     int damaged;        /* connections lost to damage since a unit last came through */
 
     slot slots[SLOTS];
-    unsigned char *wires; /* (SLOTS, POE_UNIT_SLOT) */
+    unsigned char *wires; /* (SLOTS + 1, POE_UNIT_SLOT): the last one for headers without data */
+    struct fid_mr *registered; /* the wires; may be NULL */
     uint64_t retired, acknowledged, cursor, next; /* slots free again, acknowledged, sent on this line, in use */
     slot *half;          /* its body is not posted yet */
-    size_t under_way;    /* bytes with the provider */
-    int controls;
+    size_t under_way;    /* bytes of bodies with the provider */
     uint64_t pending;    /* channels with sends, a bit each */
     uint64_t windows;    /* channels whose window is to be told */
     bool news;           /* to be told: what has been received */
@@ -148,6 +147,7 @@ struct fabric {
     struct fid_cq *cq;
     struct fid_pep *door;
     bool registers;
+    int parts; /* that the provider takes in one message, at most MAX_PARTS */
     int eq_fd, cq_fd, wake_fd;
     atomic_bool rung;
     unsigned char secret[POE_SECRET_BYTES];
@@ -160,7 +160,8 @@ struct fabric {
     int completed;       /* operations since progress() last returned */
     int strangers;
     bool leaving;
-    bool look; /* for events of connections */
+    bool look;  /* for events of connections */
+    bool quiet; /* the provider had nothing, and was asked for nothing since */
     unsigned steps;
     double due;
 };
@@ -186,9 +187,9 @@ void poe_line_drop(peer *p);
 void poe_line_fail(peer *p, const char *format, ...) __attribute__((format(printf, 2, 3)));
 void poe_line_events(fabric *f);
 void poe_line_timers(fabric *f, double now);
-/* Asks the provider for something. False: not now, or `broken` is set. */
+/* Each asks the provider for something. False: not now, or `broken` is set. */
 bool poe_line_post(peer *p, token_kind kind, slot *of, void *data, size_t bytes);
-token *poe_line_token(fabric *f);
+bool poe_line_say(peer *p, const struct iovec *parts, int n); /* in one message, from the wires */
 void poe_line_return(token *t);
 
 /* --- stream.c ----------------------------------------------------------------------------------------------------- */

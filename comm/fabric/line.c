@@ -18,7 +18,7 @@ static const double longest = 1;  /* between two calls */
 static const double gone = 2;     /* an address that refuses calls for so long has lost its rank */
 
 /* --- tokens ------------------------------------------------------------------------------------------------------- */
-token *poe_line_token(fabric *f)
+static token *take_token(fabric *f)
 {
     token *t = f->tokens;
     if (t)
@@ -39,35 +39,33 @@ void poe_line_return(token *t)
     f->tokens = t;
 }
 
-static ssize_t ask(const token *t, void *data, size_t bytes)
+static int register_memory(fabric *f, void *data, size_t bytes, uint64_t access, struct fid_mr **registered)
 {
-    struct fid_ep *ep = t->line->ep;
-    void *descriptor = t->registered ? fi_mr_desc(t->registered) : NULL;
-    void *context = (void *)(uintptr_t)&t->context;
-    bool sends = t->kind == SENT_DATA || t->kind == SENT_CONTROL;
-    return sends ? fi_send(ep, data, bytes, descriptor, 0, context) : fi_recv(ep, data, bytes, descriptor, 0, context);
+    *registered = NULL;
+    return f->registers ? fi_mr_reg(f->domain, data, bytes, access, 0, 0, 0, registered, NULL) : 0;
 }
 
-static int register_memory(fabric *f, token *t, void *data, size_t bytes)
+/* Word is asked for: the endpoint gives none unless told to. */
+static ssize_t ask(token *t, void *data, size_t bytes)
 {
-    if (!f->registers)
-        return 0;
-    return fi_mr_reg(f->domain, data, bytes, t->kind == SENT_DATA || t->kind == SENT_CONTROL ? FI_SEND : FI_RECV, 0, 0,
-                     0, &t->registered, NULL);
+    struct iovec memory = {.iov_base = data, .iov_len = bytes};
+    void *descriptor = t->registered ? fi_mr_desc(t->registered) : NULL;
+    struct fi_msg request = {.msg_iov = &memory, .desc = &descriptor, .iov_count = 1, .context = t};
+    return t->kind == SENT_BODY ? fi_sendmsg(t->line->ep, &request, FI_COMPLETION)
+                                : fi_recv(t->line->ep, data, bytes, descriptor, 0, t);
 }
 
 bool poe_line_post(peer *p, token_kind kind, slot *of, void *data, size_t bytes)
 {
-    token *t = poe_line_token(p->fabric);
+    fabric *f = p->fabric;
+    token *t = take_token(f);
     if (!t) {
         p->broken = true;
         return false;
     }
     *t = (token){.kind = kind, .line = p->line, .slot = of, .bytes = bytes};
-    if (kind == SENT_CONTROL)
-        data = memcpy(t->control, data, bytes);
     p->line->tokens++;
-    ssize_t result = register_memory(p->fabric, t, data, bytes);
+    ssize_t result = register_memory(f, data, bytes, kind == SENT_BODY ? FI_SEND : FI_RECV, &t->registered);
     if (result == 0)
         result = ask(t, data, bytes);
     if (result != 0) {
@@ -75,13 +73,31 @@ bool poe_line_post(peer *p, token_kind kind, slot *of, void *data, size_t bytes)
         p->broken |= result != -FI_EAGAIN;
         return false;
     }
-    if (kind == SENT_CONTROL)
-        p->controls++;
-    if (kind == SENT_DATA) {
-        of->posted++;
+    f->quiet = false;
+    if (of) {
+        of->posted = true;
         p->under_way += bytes;
     }
     return true;
+}
+
+static ssize_t say(peer *p, const struct iovec *parts, int n)
+{
+    void *descriptor = p->registered ? fi_mr_desc(p->registered) : NULL, *descriptors[MAX_PARTS];
+    for (int i = 0; i < n; i++)
+        descriptors[i] = descriptor;
+    if (n == 1 && parts->iov_len <= p->fabric->info->tx_attr->inject_size)
+        return fi_inject(p->line->ep, parts->iov_base, parts->iov_len, 0);
+    return fi_sendv(p->line->ep, parts, descriptors, (size_t)n, 0, NULL);
+}
+
+bool poe_line_say(peer *p, const struct iovec *parts, int n)
+{
+    ssize_t result = say(p, parts, n);
+    if (result == 0)
+        p->fabric->quiet = false;
+    p->broken |= result != 0 && result != -FI_EAGAIN;
+    return result == 0;
 }
 
 /* --- peers -------------------------------------------------------------------------------------------------------- */
@@ -90,8 +106,10 @@ peer *poe_peer_of(fabric *f, int rank)
     if (f->peers[rank])
         return f->peers[rank];
     peer *p = calloc(1, sizeof(*p));
-    unsigned char *wires = aligned_alloc(64, (size_t)SLOTS * POE_UNIT_SLOT);
-    if (!p || !wires) {
+    size_t bytes = (size_t)(SLOTS + 1) * POE_UNIT_SLOT;
+    unsigned char *wires = aligned_alloc(64, bytes);
+    struct fid_mr *registered = NULL;
+    if (!p || !wires || register_memory(f, wires, bytes, FI_SEND, &registered) != 0) {
         poe_error("out of memory for a connection to rank %d", rank);
         free(wires);
         free(p);
@@ -100,6 +118,7 @@ peer *poe_peer_of(fabric *f, int rank)
     p->fabric = f;
     p->rank = rank;
     p->wires = wires;
+    p->registered = registered;
     p->due = HUGE_VAL;
     for (int i = 0; i < POE_CHANNELS; i++)
         p->channels[i].allowed = p->channels[i].offered = p->channels[i].told = SLACK;
@@ -109,6 +128,8 @@ peer *poe_peer_of(fabric *f, int rank)
 
 void poe_peer_free(peer *p)
 {
+    if (p->registered)
+        fi_close(&p->registered->fid);
     free(p->wires);
     free(p);
 }
@@ -134,7 +155,9 @@ static bool open_endpoint(peer *p, struct fi_info *info)
     p->broken = false;
     int result = fi_ep_bind(l->ep, &f->eq->fid, 0);
     if (result == 0)
-        result = fi_ep_bind(l->ep, &f->cq->fid, FI_TRANSMIT | FI_RECV);
+        result = fi_ep_bind(l->ep, &f->cq->fid, FI_TRANSMIT | FI_SELECTIVE_COMPLETION);
+    if (result == 0)
+        result = fi_ep_bind(l->ep, &f->cq->fid, FI_RECV);
     if (result == 0)
         result = fi_enable(l->ep);
     if (result == 0)

@@ -53,7 +53,6 @@ static struct fi_info *hints_for(const char *provider)
     if (!hints)
         return NULL;
     hints->caps = FI_MSG;
-    hints->mode = FI_CONTEXT | FI_CONTEXT2;
     hints->ep_attr->type = FI_EP_MSG;
     hints->domain_attr->mr_mode = FI_MR_LOCAL | FI_MR_VIRT_ADDR | FI_MR_ALLOCATED | FI_MR_PROV_KEY;
     hints->domain_attr->threading = FI_THREAD_DOMAIN;
@@ -241,6 +240,7 @@ poe_status poe_fabric_listen(const poe_fabric_settings *settings, bool alone, in
     poe_status status = choose_address(settings, alone, &f->info);
     if (status == POE_OK) {
         f->registers = settings->registers || (f->info->domain_attr->mr_mode & FI_MR_LOCAL);
+        f->parts = f->info->tx_attr->iov_limit < MAX_PARTS ? (int)f->info->tx_attr->iov_limit : MAX_PARTS;
         int result = open_objects(f);
         if (result != 0) {
             poe_error("--transport fabric: libfabric's provider %s cannot be opened: %s",

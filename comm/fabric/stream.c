@@ -157,36 +157,53 @@ static bool fill(peer *p)
 static bool post_body(peer *p)
 {
     slot *s = p->half;
-    if (!poe_line_post(p, SENT_DATA, s, s->owner->data + s->unit.offset, s->unit.bytes))
+    if (!poe_line_post(p, SENT_BODY, s, s->owner->data + s->unit.offset, s->unit.bytes))
         return false;
     p->half = NULL;
     return true;
 }
 
+/* The units that go in the next message, up to a long one; more are made while there is room. */
+static int gather(peer *p, struct iovec *parts, int limit)
+{
+    size_t bytes = 0;
+    int n = 0;
+    while (n < limit && (p->cursor + (uint64_t)n < p->next || fill(p))) {
+        slot *s = slot_of(p, p->cursor + (uint64_t)n);
+        size_t length = poe_unit_length(&s->unit);
+        bytes += length;
+        if (bytes > POE_UNIT_SLOT)
+            break;
+        s->unit.received = p->received;
+        poe_unit_encode(&s->unit, wire_of(p, s));
+        parts[n++] = (struct iovec){.iov_base = wire_of(p, s), .iov_len = length};
+        if (!poe_unit_is_short(&s->unit))
+            break;
+    }
+    return n;
+}
+
 static bool transmit(peer *p)
 {
-    slot *s = slot_of(p, p->cursor);
-    bool is_short = poe_unit_is_short(&s->unit);
-    s->unit.received = p->received;
-    poe_unit_encode(&s->unit, wire_of(p, s));
-    if (!poe_line_post(p, SENT_DATA, s, wire_of(p, s), POE_UNIT_HEADER + (is_short ? s->unit.bytes : 0)))
+    struct iovec parts[MAX_PARTS];
+    int n = gather(p, parts, p->fabric->parts);
+    if (n == 0 || !poe_line_say(p, parts, n))
         return false;
     p->news = false;
-    p->cursor++;
-    if (is_short)
+    p->cursor += (uint64_t)n;
+    slot *last = slot_of(p, p->cursor - 1);
+    if (poe_unit_is_short(&last->unit))
         return true;
-    p->half = s;
+    p->half = last;
     return post_body(p);
 }
 
 static bool say(peer *p, poe_unit unit)
 {
-    unsigned char wire[POE_UNIT_SLOT];
-    if (p->controls >= CONTROLS)
-        return false;
+    unsigned char *wire = p->wires + (size_t)SLOTS * POE_UNIT_SLOT;
     unit.received = p->received;
     poe_unit_encode(&unit, wire);
-    return poe_line_post(p, SENT_CONTROL, NULL, wire, POE_UNIT_HEADER);
+    return poe_line_say(p, &(struct iovec){.iov_base = wire, .iov_len = POE_UNIT_HEADER}, 1);
 }
 
 static bool say_windows(peer *p)
@@ -221,12 +238,9 @@ void poe_stream_pump(peer *p)
 {
     if (p->state != JOINED)
         return;
-    while (!p->broken && p->under_way < UNIT_BYTES) {
-        if (p->half ? !post_body(p) : p->cursor == p->next && !fill(p))
+    while (!p->broken && p->under_way < UNIT_BYTES)
+        if (p->half ? !post_body(p) : !transmit(p))
             break;
-        if (!p->half && p->cursor < p->next && !transmit(p))
-            break;
-    }
     if (!p->broken && !p->half)
         say_controls(p);
 }
@@ -234,7 +248,7 @@ void poe_stream_pump(peer *p)
 /* --- acknowledgements --------------------------------------------------------------------------------------------- */
 static void retire(peer *p)
 {
-    while (p->retired < p->acknowledged && slot_of(p, p->retired)->posted == 0) {
+    while (p->retired < p->acknowledged && !slot_of(p, p->retired)->posted) {
         slot *s = slot_of(p, p->retired++);
         if (s->owner && s->unit.offset + s->unit.bytes == s->unit.total)
             end_transfer(p->fabric, s->owner, POE_OK);
@@ -386,7 +400,7 @@ static bool fits(const peer *p, const poe_unit *unit)
            (!c->begun || unit->total == c->total) && unit->bytes <= UNIT_BYTES && c->taken + cost <= c->offered;
 }
 
-static void hear_data(peer *p, const poe_unit *unit)
+static void hear_data(peer *p, const poe_unit *unit, const unsigned char *body)
 {
     if (!fits(p, unit)) {
         damaged(p, "a part of a message that is not the next one");
@@ -403,31 +417,39 @@ static void hear_data(peer *p, const poe_unit *unit)
     if (!to)
         return;
     if (unit->bytes)
-        memcpy(to, p->line->heard + POE_UNIT_HEADER, unit->bytes);
+        memcpy(to, body, unit->bytes);
     got_unit(p);
+}
+
+static void hear_unit(peer *p, const poe_unit *unit, const unsigned char *body)
+{
+    channel *c = &p->channels[unit->channel];
+    if (!acknowledge(p, unit->received))
+        damaged(p, "it acknowledges what was not sent");
+    else if (unit->type == POE_UNIT_DATA)
+        hear_data(p, unit, body);
+    else if (unit->type == POE_UNIT_WINDOW && unit->total > c->allowed)
+        c->allowed = unit->total;
+    else if (unit->type == POE_UNIT_BYE)
+        p->ended = p->bye_answer = true;
+    else if (unit->type == POE_UNIT_BYE_ANSWER)
+        p->released = true;
 }
 
 static void hear(peer *p, size_t bytes)
 {
+    const unsigned char *wire = p->line->heard;
     poe_unit unit;
     char why[POE_WIRE_WHY];
     p->listening = false;
-    if (!poe_unit_decode(p->line->heard, bytes, &unit, why)) {
-        damaged(p, why);
-        return;
+    for (size_t at = 0; at < bytes && !p->broken && !p->failed; at += poe_unit_length(&unit)) {
+        if (poe_unit_decode(wire + at, bytes - at, &unit, why)) {
+            hear_unit(p, &unit, wire + at + POE_UNIT_HEADER);
+        } else {
+            damaged(p, why);
+            break;
+        }
     }
-    if (!acknowledge(p, unit.received)) {
-        damaged(p, "it acknowledges what was not sent");
-        return;
-    }
-    if (unit.type == POE_UNIT_DATA)
-        hear_data(p, &unit);
-    else if (unit.type == POE_UNIT_WINDOW && unit.total > p->channels[unit.channel].allowed)
-        p->channels[unit.channel].allowed = unit.total;
-    else if (unit.type == POE_UNIT_BYE)
-        p->ended = p->bye_answer = true;
-    else if (unit.type == POE_UNIT_BYE_ANSWER)
-        p->released = true;
     if (!p->failed)
         listen(p);
 }
@@ -462,13 +484,10 @@ void poe_stream_completed(const token *t, size_t bytes)
 {
     peer *p = t->line->peer;
     switch (t->kind) {
-    case SENT_DATA:
+    case SENT_BODY:
         p->under_way -= t->bytes;
-        t->slot->posted--;
+        t->slot->posted = false;
         retire(p);
-        break;
-    case SENT_CONTROL:
-        p->controls--;
         break;
     case GOT_HEADER:
         hear(p, bytes);
@@ -499,10 +518,9 @@ void poe_stream_joined(peer *p, uint64_t received)
 void poe_stream_apart(peer *p)
 {
     for (int i = 0; i < SLOTS; i++)
-        p->slots[i].posted = 0;
+        p->slots[i].posted = false;
     p->half = NULL;
     p->under_way = 0;
-    p->controls = 0;
     p->news = p->bye_answer = false;
     message *m = p->body ? p->channels[p->unit.channel].into : NULL;
     p->listening = p->held = p->body = false;
@@ -550,11 +568,8 @@ void poe_stream_send(peer *p, int number, const void *data, size_t bytes, poe_op
         return;
     remember(op, p, t, number, true);
     append(&p->channels[number].sends, t);
-    p->pending |= bit(number);
-    if (p->state == JOINED)
-        poe_stream_pump(p);
-    else
-        poe_line_want(p);
+    p->pending |= bit(number); /* to be sent with what else there is by the next progress */
+    poe_line_want(p);
 }
 
 /* The window is told anew when it has grown by much, or when the sender may soon need it. */
@@ -573,10 +588,8 @@ void poe_stream_receive(peer *p, int number, void *data, size_t bytes, poe_opera
     append(&c->receives, t);
     c->offered += bytes + OVERHEAD;
     match_kept(p, number);
-    if (is_window_due(c)) {
+    if (is_window_due(c))
         p->windows |= bit(number);
-        poe_stream_pump(p);
-    }
 }
 
 /* A message that is arriving in this receive's memory goes nowhere from now on. */

@@ -19,15 +19,10 @@ enum {
     GREETING_SEALED = SECRET_AT + HALF,
 };
 
-static uint32_t seal(const unsigned char *wire, size_t behind)
+static uint32_t seal(const unsigned char *wire, size_t length)
 {
     uint32_t crc = poe_crc32c(0, wire, SEALED);
-    return behind ? poe_crc32c(crc, wire + POE_UNIT_HEADER, behind) : crc;
-}
-
-static size_t behind(const poe_unit *unit)
-{
-    return unit->type == POE_UNIT_DATA && poe_unit_is_short(unit) ? unit->bytes : 0;
+    return length > POE_UNIT_HEADER ? poe_crc32c(crc, wire + POE_UNIT_HEADER, length - POE_UNIT_HEADER) : crc;
 }
 
 void poe_unit_encode(const poe_unit *unit, unsigned char wire[POE_UNIT_SLOT])
@@ -43,7 +38,7 @@ void poe_unit_encode(const poe_unit *unit, unsigned char wire[POE_UNIT_SLOT])
     put64(wire, 24, unit->total);
     put64(wire, 32, unit->offset);
     put32(wire, 40, unit->bytes);
-    put32(wire, SEALED, seal(wire, behind(unit)));
+    put32(wire, SEALED, seal(wire, poe_unit_length(unit)));
 }
 
 static void read_unit(const unsigned char *wire, poe_unit *unit)
@@ -76,13 +71,18 @@ bool poe_unit_decode(const unsigned char *wire, size_t bytes, poe_unit *unit, ch
                  get32(wire, 0), wire[4], UNIT_MAGIC, VERSION);
         return false;
     }
-    uint32_t crc = seal(wire, bytes - POE_UNIT_HEADER);
+    read_unit(wire, unit);
+    size_t length = poe_unit_length(unit);
+    if (length > bytes) {
+        snprintf(why, POE_WIRE_WHY, "it has %zu bytes, expected %zu", bytes, length);
+        return false;
+    }
+    uint32_t crc = seal(wire, length);
     if (get32(wire, SEALED) != crc) {
         snprintf(why, POE_WIRE_WHY, "its CRC-32C is 0x%08" PRIx32 ", expected 0x%08" PRIx32, get32(wire, SEALED), crc);
         return false;
     }
-    read_unit(wire, unit);
-    if (is_sound(unit) && bytes == POE_UNIT_HEADER + behind(unit))
+    if (is_sound(unit) && (length == bytes || unit->type != POE_UNIT_DATA || poe_unit_is_short(unit)))
         return true;
     snprintf(why, POE_WIRE_WHY, "type %d, channel %d, %" PRIu32 " bytes at %" PRIu64 " of %" PRIu64 " do not go together",
              unit->type, unit->channel, unit->bytes, unit->offset, unit->total);

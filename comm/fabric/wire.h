@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: MIT
  * What travels on a connection of the fabric transport, little-endian. Messages are cut into units; a unit is a header
- * of 64 bytes, with a body behind it when that is short, or else in a message of its own. The greeting goes with the
- * request for a connection and with its acceptance. Nothing in either is believed before its checksum holds. */
+ * of 64 bytes, with a body behind it when that is short, or else in a message of libfabric's own. Several units travel in
+ * one such message, one behind the other; that of a long body is the last. The greeting goes with the request for a
+ * connection and with its acceptance. Nothing in either is believed before its checksum holds. */
 #ifndef POE_COMM_FABRIC_WIRE_H
 #define POE_COMM_FABRIC_WIRE_H
 
@@ -11,7 +12,7 @@
 
 enum {
     POE_UNIT_HEADER = 64,
-    POE_UNIT_SLOT = 512,                               /* a header and what may be behind it */
+    POE_UNIT_SLOT = 8192,                             /* a header and what may be behind it */
     POE_UNIT_SHORT = POE_UNIT_SLOT - POE_UNIT_HEADER, /* longest body that is behind its header */
     POE_GREETING_BYTES = 48,                           /* RDMA connections carry 56 */
     POE_SECRET_BYTES = 32,                             /* each side shows the other half of it */
@@ -42,9 +43,16 @@ static inline bool poe_unit_is_short(const poe_unit *unit)
     return unit->bytes <= POE_UNIT_SHORT;
 }
 
+/* Bytes of a header and what is behind it. */
+static inline size_t poe_unit_length(const poe_unit *unit)
+{
+    return POE_UNIT_HEADER + (unit->type == POE_UNIT_DATA && poe_unit_is_short(unit) ? unit->bytes : 0);
+}
+
 /* The checksum covers a short body, which is behind the header already. */
 void poe_unit_encode(const poe_unit *unit, unsigned char wire[POE_UNIT_SLOT]);
-/* `bytes`: how many came. False: not a whole unit; `why` says so. */
+/* `bytes`: how many came, of which this unit and its short body take poe_unit_length(). False: not a whole unit; `why`
+ * says so. */
 bool poe_unit_decode(const unsigned char *wire, size_t bytes, poe_unit *unit, char why[POE_WIRE_WHY]);
 
 typedef struct poe_greeting {
