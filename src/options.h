@@ -69,8 +69,12 @@ typedef struct poe_options {
     int save_every, keep; /* 0: only at the end; 0: keep all */
     /* ranks */
     int ranks;   /* --ranks: start mpiexec with so many; 0: do not */
-    char transport[POE_OPTION_TEXT]; /* auto | inproc | mpi */
+    char transport[POE_OPTION_TEXT]; /* auto | inproc | mpi | fabric */
     int link_window; /* messages of activations under way on a link, at least what the schedule needs; 0: that */
+    char fabric_provider[POE_OPTION_TEXT];
+    char interface[POE_OPTION_TEXT];  /* "": chosen */
+    char port_range[POE_OPTION_TEXT]; /* "A-B", or "": any */
+    int port_low, port_high;          /* derived; 0: any */
     int threads; /* per rank; 0: cores of the host divided by its ranks, at least 1 */
     double deadline; /* seconds */
     char *net;       /* owned; NULL or "none": the network as it is */

@@ -278,10 +278,10 @@ static poe_status dry_run(const poe_options *o)
 
 static poe_status check_transport(const poe_options *o, bool launched)
 {
-    if (strcmp(o->transport, "mpi") != 0 || launched)
+    if (launched || (strcmp(o->transport, "mpi") != 0 && strcmp(o->transport, "fabric") != 0))
         return POE_OK;
-    poe_error("--transport mpi needs ranks that a launcher started: --ranks %d, or mpiexec -n %d", o->stages.count,
-              o->stages.count);
+    poe_error("--transport %s needs ranks that a launcher started: --ranks %d, or mpiexec -n %d", o->transport,
+              o->stages.count, o->stages.count);
     return POE_BAD_INPUT;
 }
 
