@@ -143,7 +143,6 @@ poe_status poe_report_start(const poe_options *o, const poe_model *m, int thread
         printf("ranks     %d over %s, %d on this host, %d thread%s each, kernels %s\n", r->size,
                poe_comm_transport(r->comm), poe_comm_host_ranks(r->comm), threads, threads == 1 ? "" : "s",
                r->arithmetic);
-               poe_kernels_name(r->kernels), poe_blas_kernels());
         if (poe_comm_emulated(r->comm))
             print_network(poe_comm_emulated(r->comm));
         if (strcmp(o->dtype, "bf16") == 0)
