@@ -20,10 +20,9 @@ static const double farewell = 0.5;
 static void end_token(token *t, size_t bytes, bool failed)
 {
     line *l = t->line;
-    bool closed = l->closed;
-    if (!closed && failed)
-        l->peer->broken = true;
-    else if (!closed)
+    if (!l->closed && failed)
+        l->peer->broken |= l->peer->state == JOINED; /* otherwise an event will tell why */
+    else if (!l->closed)
         poe_stream_completed(t, bytes);
     poe_line_return(t);
 }
@@ -64,6 +63,7 @@ static void free_closed(fabric *f)
 /* `waits`: nothing else is to be done, so that the provider need not be asked again before it has something. */
 static void step(fabric *f, bool waits)
 {
+    poe_line_listen(f);
     for (int rank = 0; rank < f->base.size; rank++)
         if (f->peers[rank]) {
             poe_stream_settle(f->peers[rank]);
@@ -209,6 +209,7 @@ static void fabric_destroy(poe_transport *transport)
         take_completions(f);
     while (!f->quiet);
     free_closed(f);
+    poe_line_listen(NULL);
     poe_fabric_close(f);
 }
 

@@ -147,6 +147,7 @@ struct fabric {
     struct fid_cq *cq;
     struct fid_pep *door;
     bool registers;
+    uint64_t key; /* of the next registered memory */
     int parts; /* that the provider takes in one message, at most MAX_PARTS */
     int eq_fd, cq_fd, wake_fd;
     atomic_bool rung;
@@ -185,6 +186,8 @@ void poe_line_want(peer *p);
 void poe_line_drop(peer *p);
 /* Fails all that is under way and to come with this peer, after the sentence. */
 void poe_line_fail(peer *p, const char *format, ...) __attribute__((format(printf, 2, 3)));
+/* From now on this thread speaks for `f` about calls that the provider itself refuses. NULL: for nobody. */
+void poe_line_listen(fabric *f);
 void poe_line_events(fabric *f);
 void poe_line_timers(fabric *f, double now);
 /* Each asks the provider for something. False: not now, or `broken` is set. */

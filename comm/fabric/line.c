@@ -3,6 +3,8 @@
  * the lower rank's call is the one that counts. A call says how many connections these two have had, so that one that
  * was given up long ago is not taken for a new one. */
 #include <netinet/in.h>
+#include <pthread.h>
+#include <rdma/fi_ext.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -42,7 +44,7 @@ void poe_line_return(token *t)
 static int register_memory(fabric *f, void *data, size_t bytes, uint64_t access, struct fid_mr **registered)
 {
     *registered = NULL;
-    return f->registers ? fi_mr_reg(f->domain, data, bytes, access, 0, 0, 0, registered, NULL) : 0;
+    return f->registers ? fi_mr_reg(f->domain, data, bytes, access, 0, f->key++, 0, registered, NULL) : 0;
 }
 
 /* Word is asked for: the endpoint gives none unless told to. */
@@ -261,13 +263,64 @@ static void refuse(fabric *f, struct fi_info *info)
     fi_reject(f->door, info->handle, NULL, 0);
 }
 
-static void report_stranger(fabric *f, const struct fi_info *info, const char *why)
+static void report_stranger(fabric *f, const char *who, const char *why)
 {
-    char text[64];
-    poe_fabric_address_text(info->dest_addr, info->dest_addrlen, text);
     if (f->strangers++ < SAID_STRANGERS)
-        poe_warn("refused a connection from %s that is not one of this run's: %s%s", text, why,
+        poe_warn("refused a connection from %s that is not one of this run's: %s%s", who, why,
                  f->strangers == SAID_STRANGERS ? "; more of them will not be reported" : "");
+}
+
+/* Who does not even speak libfabric's protocol is known to the provider alone, which tells nobody but its log. While this
+ * rank itself calls somebody, what is said there may be about that. */
+static _Thread_local fabric *listening;
+
+static bool calls_out(const fabric *f)
+{
+    for (int rank = 0; rank < f->base.size; rank++)
+        if (f->peers[rank] && f->peers[rank]->state == DIALLING)
+            return true;
+    return false;
+}
+
+static int is_logged(const struct fi_provider *provider, enum fi_log_level level, enum fi_log_subsys subsystem,
+                     uint64_t flags)
+{
+    (void)provider, (void)flags;
+    return level == FI_LOG_WARN && subsystem == FI_LOG_EP_CTRL && listening && !calls_out(listening);
+}
+
+static int is_log_ready(const struct fi_provider *provider, enum fi_log_level level, enum fi_log_subsys subsystem,
+                        uint64_t flags, uint64_t *time)
+{
+    (void)time;
+    return is_logged(provider, level, subsystem, flags);
+}
+
+static void hear_log(const struct fi_provider *provider, enum fi_log_level level, enum fi_log_subsys subsystem,
+                     const char *function, int number, const char *text)
+{
+    (void)provider, (void)level, (void)subsystem, (void)function, (void)number;
+    char why[POE_WIRE_WHY];
+    if (!listening || !strstr(text, "cm "))
+        return;
+    snprintf(why, sizeof(why), "%.*s", (int)strcspn(text, "\n"), text);
+    report_stranger(listening, "a stranger", why);
+}
+
+/* Whoever asks libfabric for its log by FI_LOG_LEVEL gets it. */
+static void hear_logs(void)
+{
+    static struct fi_ops_log ops = {.enabled = is_logged, .ready = is_log_ready, .log = hear_log};
+    static struct fid_logging logging = {.ops = &ops};
+    if (!getenv("FI_LOG_LEVEL"))
+        fi_import_log(FI_VERSION(1, 14), 0, &logging);
+}
+
+void poe_line_listen(fabric *f)
+{
+    static pthread_once_t once = PTHREAD_ONCE_INIT;
+    pthread_once(&once, hear_logs);
+    listening = f;
 }
 
 /* True when the call is to be taken instead of what there is. */
@@ -296,9 +349,10 @@ static void accept_call(peer *p, struct fi_info *info, const poe_greeting *greet
 static void hear_call(fabric *f, struct fi_info *info, const unsigned char *data, size_t bytes)
 {
     poe_greeting greeting;
-    char why[POE_WIRE_WHY];
+    char why[POE_WIRE_WHY], who[64];
     if (!poe_greeting_decode(data, bytes, f->secret, &greeting, why)) {
-        report_stranger(f, info, why);
+        poe_fabric_address_text(info->dest_addr, info->dest_addrlen, who);
+        report_stranger(f, who, why);
         refuse(f, info);
         return;
     }
