@@ -3,6 +3,7 @@
 replicas that sum their gradients; what resumes, predicts and is refused under each."""
 import math
 import os
+import signal
 
 import poe
 
@@ -109,6 +110,40 @@ def resumed(folder):
         poe.check_equal(poe.steps(out)[-3:], poe.steps(whole)[-3:], f'steps of {out}')
 
 
+def interrupted(folder):
+    """A wish to stop takes effect after the same step on every rank."""
+    data = poe.write_tokens(f'{folder}/tokens.bin')
+    long = {'objective': 'bp', 'total_batch_size': 4 * TOKENS, 'num_iterations': 2000}
+    for schedule, stages, ranks in (('zb-h1', '1,1,1', 3), ('ddp', '3', 2)):
+        out = f'{folder}/{schedule}'
+        with poe.Background(poe.flags(data=data, out=out, schedule=schedule, stages=stages, **long), poe.RANKS, ranks) as run:
+            poe.wait_until('some steps', lambda: os.path.exists(f'{out}/metrics.jsonl') and len(poe.steps(out)) > 5)
+            run.process.send_signal(signal.SIGINT)
+            poe.check_refused(run.wait(), 130, lines=0)
+        done = len(poe.steps(out))
+        poe.check(5 < done < 2000, f'{done} steps')
+        poe.check_equal(poe.checkpoints(out), [f'step-{done:08d}'], 'checkpoints')
+        more = [out, '--num-iterations', done + 2, '--export', f'{out}/final.safetensors']
+        poe.succeed(['--resume', *more], poe.RANKS, ranks)
+        poe.check_equal([m['step'] for m in poe.steps(out)], list(range(done + 2)), 'steps')
+
+
+def not_a_number(folder):
+    """Whichever rank sees it first names it; no checkpoint holds that step."""
+    data = poe.write_tokens(f'{folder}/tokens.bin')
+    options = {'data': data, 'objective': 'bp', 'num_iterations': 1}
+    poe.succeed(poe.flags(**options, stages='3', export=f'{folder}/good.safetensors', out=f'{folder}/first'))
+    tensors = poe.read_safetensors(f'{folder}/good.safetensors')
+    tensors['transformer.h.0.mlp.c_fc.weight'][1][5] = math.nan
+    path = poe.write_safetensors(f'{folder}/bad.safetensors', tensors)
+    for schedule, stages, ranks in (('1f1b', '2,1', 2), ('ddp', '3', 2)):
+        out = f'{folder}/{schedule}'
+        result = poe.run(poe.flags(**options, stages=stages, schedule=schedule, init_from=path, out=out, save_every=1),
+                         poe.RANKS, ranks)
+        poe.check_refused(result, 1, 'step 0', 'loss of stage')
+        poe.check_equal(poe.checkpoints(out), [], 'checkpoints')
+
+
 def predictions(folder):
     """Evaluation, generation and export of what was trained over several ranks are those of the same weights whole."""
     data = poe.write_text(f'{folder}/text.txt')
@@ -124,6 +159,9 @@ def predictions(folder):
     poe.check_same_file(f'{folder}/again.safetensors', f'{one}/final.safetensors')
     for flag in ('--stage', '--prefix'):
         poe.check_refused(poe.run(['generate', '--checkpoint', three, '--prompt', 'the', flag, '1']), 2, flag, 'bp')
+    two = train(folder, 'two', data, poe.RANKS, 2, **{**options, 'stages': '3', 'schedule': 'ddp', 'total_batch_size': 2 * TOKENS})
+    poe.check_equal([len(e['bpb']['stage']) for e in poe.evaluations(two)], [1, 1], 'evaluations of replicas')
+    poe.succeed(['generate', '--checkpoint', two, '--prompt', 'the', '--max-tokens', '4'])
     each = train(folder, 'each', data, **{**options, 'objective': 'hierarchical', 'stages': '1,1,1'})
     poe.check_equal(len(poe.evaluations(each)[0]['bpb']['stage']), 3, 'stages that predict')
     for view in (['--stage', '0'], ['--prefix', '1'], []):
@@ -150,4 +188,5 @@ def refused(folder):
     poe.check(not os.path.exists(f'{folder}/out'), 'a refused run leaves no folder')
 
 
-poe.main(backpropagation, processes, hierarchical, recompute, replicas, resumed, predictions, refused)
+poe.main(backpropagation, processes, hierarchical, recompute, replicas, resumed, interrupted, not_a_number, predictions,
+         refused)
