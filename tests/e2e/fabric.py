@@ -68,7 +68,7 @@ def is_training(folder):
 
 
 def stopped(folder):
-    """A rank that is stopped for less than the deadline goes on as if nothing had been; for longer, and it ends the run."""
+    """Stopped for less than the deadline, a rank goes on as if nothing had been; for longer, and it ends the run."""
     with start(folder, deadline=4) as run:
         poe.wait_until('training', lambda: is_training(folder))
         rank = run.rank_pids(3)[1]
