@@ -32,7 +32,7 @@ typedef struct held {
 } held;
 
 typedef struct lane {
-    const poe_net_link *link;
+    poe_net_link link;
     bool real, cut;
     double rtt;
     poe_net_state state;
@@ -47,7 +47,7 @@ typedef struct emulator {
     poe_transport base;
     poe_transport_ops ops;
     poe_transport *below;
-    poe_net net;
+    uint64_t seed;
     double start;
     lane *lanes;           /* (size), by peer */
     held *flying;          /* given below, not yet taken */
@@ -115,14 +115,14 @@ static poe_rng dice_of(const emulator *e, int peer, int channel, uint64_t number
     poe_rng rng;
     char stream[64];
     snprintf(stream, sizeof(stream), "net %d>%d channel %d message %" PRIu64, e->base.rank, peer, channel, number);
-    poe_rng_init(&rng, e->net.seed, stream);
+    poe_rng_init(&rng, e->seed, stream);
     return rng;
 }
 
 static void damage(const lane *l, poe_rng *rng, held *h)
 {
-    bool chosen = h->channel < POE_CHANNEL_CREDIT && l->sent == l->link->corrupt_message;
-    chosen |= poe_rng_uniform(rng) < l->link->corrupt;
+    bool chosen = h->channel < POE_CHANNEL_CREDIT && l->sent == l->link.corrupt_message;
+    chosen |= poe_rng_uniform(rng) < l->link.corrupt;
     if (chosen && h->bytes)
         h->data[poe_rng_next(rng) % h->bytes] ^= (unsigned char)(1 + poe_rng_next(rng) % 255);
 }
@@ -157,10 +157,10 @@ static void net_send(poe_transport *transport, int peer, int channel, const void
     h->channel = channel;
     l->sent += channel < POE_CHANNEL_CREDIT;
     poe_rng rng = dice_of(e, peer, channel, l->numbers[channel]++);
-    poe_net_times times = poe_net_next(l->link, l->rtt, &l->state, &rng, now, bytes);
+    poe_net_times times = poe_net_next(&l->link, l->rtt, &l->state, &rng, now, bytes);
     h->accepted = times.accepted;
     h->due = times.due;
-    if (l->link->corrupt > 0 || l->link->corrupt_message)
+    if (l->link.corrupt > 0 || l->link.corrupt_message)
         damage(l, &rng, h);
     append(l, h);
     if (h->accepted <= now) {
@@ -229,7 +229,7 @@ static bool act(emulator *e)
         lane *l = &e->lanes[peer];
         if (l->real)
             continue;
-        if (l->link->cut > 0 && !l->cut && l->link->cut <= now) {
+        if (l->link.cut > 0 && !l->cut && l->link.cut <= now) {
             l->cut = true;
             e->below->ops->cut(e->below, peer);
         }
@@ -251,8 +251,8 @@ static double next_event(const emulator *e)
             next = fmin(next, l->first->due);
         if (l->refused)
             next = fmin(next, l->refused->accepted);
-        if (l->link->cut > 0 && !l->cut)
-            next = fmin(next, l->link->cut);
+        if (l->link.cut > 0 && !l->cut)
+            next = fmin(next, l->link.cut);
     }
     return next;
 }
@@ -343,7 +343,6 @@ static void free_emulator(emulator *e)
         free_list(e->spare[class]);
     free(e->description);
     free(e->lanes);
-    poe_net_free(&e->net);
     free(e);
 }
 
@@ -376,24 +375,14 @@ static bool is_real(const poe_net *net)
     return true;
 }
 
-static bool copy_net(const poe_net *net, poe_net *copy)
-{
-    size_t n = (size_t)net->size * (size_t)net->size * sizeof(*net->links);
-    *copy = *net;
-    copy->links = malloc(n);
-    if (copy->links)
-        memcpy(copy->links, net->links, n);
-    return copy->links != NULL;
-}
-
-static void make_lanes(emulator *e)
+static void set_lanes(emulator *e, const poe_net *net)
 {
     int rank = e->base.rank;
-    for (int peer = 0; peer < e->base.size; peer++) {
+    for (int peer = 0; peer < net->size; peer++) {
         lane *l = &e->lanes[peer];
-        l->link = poe_net_link_of(&e->net, rank, peer);
-        l->real = peer == rank || poe_net_is_real(l->link);
-        l->rtt = l->link->delay + poe_net_link_of(&e->net, peer, rank)->delay;
+        l->link = *poe_net_link_of(net, rank, peer);
+        l->real = peer == rank || poe_net_is_real(&l->link);
+        l->rtt = l->link.delay + poe_net_link_of(net, peer, rank)->delay;
     }
 }
 
@@ -420,11 +409,11 @@ poe_status poe_net_wrap(const poe_net *net, poe_transport **transport)
         return status;
     emulator *e = calloc(1, sizeof(*e));
     if (e) {
-        *e = (emulator){.base = *below, .ops = decorated(below->ops), .below = below, .start = poe_now()};
+        *e = (emulator){.base = *below, .ops = decorated(below->ops), .below = below, .seed = net->seed};
         e->lanes = calloc((size_t)below->size, sizeof(*e->lanes));
         e->description = poe_net_describe(net);
     }
-    if (!e || !e->lanes || !e->description || !copy_net(net, &e->net)) {
+    if (!e || !e->lanes || !e->description) {
         poe_error("out of memory for the emulated network");
         if (e)
             free_emulator(e);
@@ -432,7 +421,8 @@ poe_status poe_net_wrap(const poe_net *net, poe_transport **transport)
     }
     e->base.ops = &e->ops;
     e->base.emulated = e->description;
-    make_lanes(e);
+    e->start = poe_now();
+    set_lanes(e, net);
     *transport = &e->base;
     return POE_OK;
 }

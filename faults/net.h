@@ -58,7 +58,7 @@ bool poe_net_is_real(const poe_net_link *link);
 char *poe_net_describe(const poe_net *net);
 
 /* Puts the decorator in front of *transport, unless the whole network is real; it owns the one below from then on.
- * `net` is copied. On failure *transport is as before: POE_BAD_INPUT when a link is to be cut and the transport cannot
+ * `net` is not needed afterwards. On failure *transport is as before: POE_BAD_INPUT when a link is to be cut and the transport cannot
  * do that, POE_FAILED when out of memory; both said. Not collective: a rank delays what it sends.
  *
  * What a sender sees: an operation is done once the message has its place in an emulated send buffer of 4 MiB (Linux's

@@ -126,7 +126,8 @@ static poe_status evaluate_batch(poe_evaluator *ev, poe_batch *batch, int *chunk
         status = poe_streams_output(ev->streams, batch, &h_out);
     if (status != POE_OK)
         return status;
-    poe_stage_forward(ev->stage, batch->rows, batch->t, batch->idx, batch->h, h_out);
+    poe_stage_forward(ev->stage, 0, batch->rows, batch->t, batch->idx, batch->h ? &(poe_crossing){.h = batch->h} : NULL,
+                      h_out ? &(poe_crossing){.h = h_out} : NULL);
     status = poe_streams_send_batch(ev->streams, batch);
     if (status == POE_OK)
         status = score_batch(ev, batch, chunk, e);

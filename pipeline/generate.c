@@ -84,7 +84,8 @@ static poe_status forward_context(poe_evaluator *ev, const poe_sampling *samplin
         status = poe_streams_output(streams, batch, &h_out);
     if (status != POE_OK)
         return status;
-    poe_stage_forward(ev->stage, batch->rows, batch->t, batch->idx, batch->h, h_out);
+    poe_stage_forward(ev->stage, 0, batch->rows, batch->t, batch->idx, batch->h ? &(poe_crossing){.h = batch->h} : NULL,
+                      h_out ? &(poe_crossing){.h = h_out} : NULL);
     status = poe_streams_send_batch(streams, batch);
     if (status == POE_OK)
         status = add_term(ev, sampling, batch);

@@ -136,6 +136,8 @@ poe_status poe_report_start(const poe_options *o, const poe_model *m, int thread
             print_network(poe_comm_emulated(r->comm));
         if (strcmp(o->dtype, "bf16") == 0)
             printf("dtype     bf16: %s\n", poe_bf16_engine(r->kernels));
+        if (o->emulate_compute)
+            printf("emulated  compute: every stage sleeps %s; nothing is learnt, evaluated or saved\n", o->emulate_compute);
         printf("output    %s\n", r->out);
     }
     poe_status status = print_stages(o, m, threads, r ? r->memory : NULL);
@@ -199,12 +201,14 @@ static void show_line(poe_progress *p, const char *line, bool last)
     fflush(stdout);
 }
 
-static int append_losses(char *text, size_t room, const double *losses, int n)
+static int append_losses(char *text, size_t room, double loss, const double *losses, int n, double lrm)
 {
-    int used = snprintf(text, room, " (");
-    for (int k = 0; k < n && k < SHOWN_LOSSES; k++)
-        used += snprintf(text + used, room - (size_t)used, "%s%.3f", k ? " " : "", losses[k]);
-    return used + snprintf(text + used, room - (size_t)used, "%s)", n > SHOWN_LOSSES ? " ..." : "");
+    int used = snprintf(text, room, "loss: %.4f", loss);
+    for (int k = 0; n > 1 && k < n && k < SHOWN_LOSSES; k++)
+        used += snprintf(text + used, room - (size_t)used, "%s%.3f", k ? " " : " (", losses[k]);
+    if (n > 1)
+        used += snprintf(text + used, room - (size_t)used, "%s)", n > SHOWN_LOSSES ? " ..." : "");
+    return used + snprintf(text + used, room - (size_t)used, " | lrm: %.2f", lrm);
 }
 
 static void format_time(double seconds, char text[32])
@@ -235,12 +239,13 @@ void poe_progress_step(poe_progress *p, int64_t step, double loss, const double 
     format_time(now - p->started, total);
     if (p->counted)
         format_time(p->step_seconds / (double)p->counted * (double)(n - step - 1), eta);
-    int used = snprintf(line, sizeof(line), "step %05lld/%05d (%.2f%%) | loss: %.4f", (long long)step, n,
-                        100.0 * (double)(step + 1) / n, loss);
-    if (r->size > 1)
-        used += append_losses(line + used, sizeof(line) - (size_t)used, stage_losses, r->size);
+    int used = snprintf(line, sizeof(line), "step %05lld/%05d (%.2f%%) | ", (long long)step, n, 100.0 * (double)(step + 1) / n);
+    if (r->options->emulate_compute)
+        used += snprintf(line + used, sizeof(line) - (size_t)used, "compute emulated");
+    else
+        used += append_losses(line + used, sizeof(line) - (size_t)used, loss, stage_losses, r->size, lrm);
     snprintf(line + used, sizeof(line) - (size_t)used,
-             " | lrm: %.2f | dt: %.0fms | tok/sec: %.0f%s | epoch: %u | total time: %s | eta: %s", lrm, dt * 1e3,
+             " | dt: %.0fms | tok/sec: %.0f%s | epoch: %u | total time: %s | eta: %s", dt * 1e3,
              (double)r->options->total_batch_size / dt, poe_comm_emulated(r->comm) ? " (emulated network)" : "", epoch, total,
              eta);
     show_line(p, line, last);
@@ -294,8 +299,18 @@ void poe_report_evaluation(const poe_options *o, const poe_evaluation *e, bool h
     fflush(stdout);
 }
 
+/* What a rank slept longest for. */
+typedef struct longest_wait {
+    poe_account account;
+    double seconds;
+    int channel, peer; /* of a receive */
+} longest_wait;
+
 typedef struct rank_facts {
-    poe_comm_stats stats;
+    poe_account_times times;
+    double fill;
+    longest_wait wait;
+    poe_comm_stats traffic;
     uint64_t arenas;      /* bytes */
     uint64_t peak;        /* bytes: resident, of the whole process */
 } rank_facts;
@@ -311,35 +326,108 @@ static double share(double part, double whole)
     return whole > 0 ? 100 * part / whole : 0;
 }
 
-static void print_ranks(const poe_run *r, const poe_training *t, const rank_facts *all)
+static longest_wait find_longest(const poe_accounts *a)
 {
-    bool processes = strcmp(poe_comm_transport(r->comm), "inproc") != 0;
-    printf("\n%.0f tokens/s over %.1f s of training%s\n", (double)t->tokens / t->seconds, t->seconds,
-           poe_comm_emulated(r->comm) ? ", on an emulated network" : "");
-    printf(" rank  waited for: activations  credits   shared sums    sent      overlapped   arenas     peak%s\n",
-           processes ? "" : " (all)");
-    for (int k = 0; k < r->size; k++) {
-        const poe_comm_stats *s = &all[k].stats;
-        char sent[32], arenas[32], peak[32], overlap[32] = "-";
-        if (s->transfer > 0)
-            snprintf(overlap, sizeof(overlap), "%.0f %%", share(s->transfer_busy, s->transfer));
-        printf("%5d             %8.1f %%   %6.1f %%   %8.1f %%   %9s %11s  %9s %9s\n", k,
-               share(s->receive_wait, t->seconds), share(s->credit_wait, t->seconds), share(s->shared_wait, t->seconds),
-               mib((double)s->bytes_sent, sent), overlap, mib((double)all[k].arenas, arenas),
-               mib((double)all[k].peak, peak));
-    }
-    if (r->size > 1)
-        printf("(overlapped: share of the time with a message under way in which the rank was computing)\n");
+    longest_wait longest = {.account = POE_ACCOUNT_CREDIT, .seconds = a->total.seconds[POE_ACCOUNT_CREDIT]};
+    if (a->total.seconds[POE_ACCOUNT_SHARED] > longest.seconds)
+        longest = (longest_wait){.account = POE_ACCOUNT_SHARED, .seconds = a->total.seconds[POE_ACCOUNT_SHARED]};
+    for (int c = 0; c < POE_ACCOUNT_CHANNELS; c++)
+        if (a->receive_wait[c] > longest.seconds)
+            longest = (longest_wait){
+                .account = POE_ACCOUNT_RECEIVE, .seconds = a->receive_wait[c], .channel = c, .peer = a->receive_peer[c]};
+    return longest;
 }
 
-poe_status poe_report_ranks(const poe_run *r, const poe_training *t)
+static void describe_wait(const rank_facts *facts, char text[96])
 {
-    rank_facts mine = {.stats = t->waits, .peak = peak_memory()}, all[POE_MAX_STAGES];
-    mine.arenas = poe_run_memory_total(&r->memory[r->rank]);
+    const longest_wait *wait = &facts->wait;
+    int used = snprintf(text, 96, "%.1f %% for ", share(wait->seconds, facts->times.wall));
+    if (wait->seconds == 0)
+        snprintf(text, 96, "-");
+    else if (wait->account == POE_ACCOUNT_RECEIVE)
+        snprintf(text + used, 96 - (size_t)used, "%s of rank %d", poe_channel_name((poe_channel)wait->channel), wait->peer);
+    else
+        snprintf(text + used, 96 - (size_t)used, wait->account == POE_ACCOUNT_SHARED ? "shared sums" : "room at the next rank");
+}
+
+static void print_times(const poe_run *r, const rank_facts *all)
+{
+    printf(" rank");
+    for (int i = 0; i < POE_ACCOUNT_COUNT; i++)
+        printf(" %10s", poe_account_name((poe_account)i));
+    printf("  longest wait\n");
+    for (int k = 0; k < r->size; k++) {
+        char wait[96];
+        describe_wait(&all[k], wait);
+        printf("%5d", k);
+        for (int i = 0; i < POE_ACCOUNT_COUNT; i++)
+            printf(" %8.1f %%", share(all[k].times.seconds[i], all[k].times.wall));
+        printf("  %s\n", wait);
+    }
+}
+
+/* Share of the steps' time, checkpoints and the first `fill` seconds left out, in which the rank was not busy. */
+static double idle(const rank_facts *facts, double fill)
+{
+    double time = facts->times.wall - facts->times.seconds[POE_ACCOUNT_CHECKPOINT] - fill;
+    return time > 0 ? 1 - poe_account_busy(&facts->times) / time : 0;
+}
+
+static void print_traffic(const poe_run *r, const rank_facts *all)
+{
+    bool processes = strcmp(poe_comm_transport(r->comm), "inproc") != 0;
+    printf(" rank     idle   fill      sent  overlapped     arenas       peak%s\n", processes ? "" : " (all)");
+    for (int k = 0; k < r->size; k++) {
+        const poe_comm_stats *s = &all[k].traffic;
+        char sent[32], arenas[32], peak[32], overlap[32] = "-", fill[32];
+        if (s->transfer > 0)
+            snprintf(overlap, sizeof(overlap), "%.0f %%", share(s->transfer_busy, s->transfer));
+        format_time(all[k].fill, fill);
+        printf("%5d %6.1f %% %6s %9s %11s  %9s  %9s\n", k, 100 * idle(&all[k], 0), fill, mib((double)s->bytes_sent, sent),
+               overlap, mib((double)all[k].arenas, arenas), mib((double)all[k].peak, peak));
+    }
+    if (r->size > 1)
+        printf("(idle: neither forward, backward nor optimizer; fill: until the first forward; overlapped: share of the\n"
+               "time with a message under way in which the rank was computing)\n");
+}
+
+/* The last line of the metrics. */
+static poe_status write_idle(poe_run *r, const rank_facts *all)
+{
+    json_t *whole = json_array(), *fill = json_array(), *after = json_array(), *accounts = json_array();
+    for (int k = 0; k < r->size; k++) {
+        json_array_append_new(whole, json_real(idle(&all[k], 0)));
+        json_array_append_new(fill, json_real(all[k].fill));
+        json_array_append_new(after, json_real(idle(&all[k], all[k].fill)));
+        json_array_append_new(accounts, poe_account_json(&all[k].times));
+    }
+    json_t *object = json_pack("{s:o, s:o, s:o, s:o}", "idle", whole, "fill", fill, "idle_after_fill", after, "accounts",
+                               accounts);
+    if (r->options->emulate_compute)
+        json_object_set_new(object, "emulated", json_string("compute"));
+    return poe_metrics_write(&r->metrics, object);
+}
+
+poe_status poe_report_ranks(poe_run *r, const poe_training *t)
+{
+    rank_facts mine = {.times = r->accounts.total,
+                       .fill = poe_accounts_fill(&r->accounts),
+                       .wait = find_longest(&r->accounts),
+                       .traffic = t->traffic,
+                       .arenas = poe_run_memory_total(&r->memory[r->rank]),
+                       .peak = peak_memory()};
+    rank_facts all[POE_MAX_STAGES];
     poe_status status = poe_comm_gather(r->comm, &mine, all, sizeof(mine));
-    if (status == POE_OK && r->rank == 0 && t->tokens)
-        print_ranks(r, t, all);
-    return status;
+    if (status != POE_OK || !t->tokens)
+        return status;
+    if (r->rank == 0) {
+        printf("\n%.0f tokens/s over %.1f s of training%s%s\n", (double)t->tokens / t->seconds, t->seconds,
+               r->options->emulate_compute ? ", emulated compute" : "",
+               poe_comm_emulated(r->comm) ? ", emulated network" : "");
+        print_times(r, all);
+        print_traffic(r, all);
+    }
+    return poe_run_is_last(r) ? write_idle(r, all) : POE_OK;
 }
 
 /* `path` as one word of a shell command. */
@@ -397,6 +485,10 @@ void poe_report_files(const poe_run *r, const poe_training *t, bool interrupted)
     if (t->checkpoint[0])
         printf("checkpoint  %s (%.3f M parameters)\n", t->checkpoint, (double)poe_model_parameters(&r->model) / 1e6);
     printf("metrics     %s/metrics.jsonl\n", r->out);
+    if (r->options->emulate_compute) {
+        fflush(stdout);
+        return;
+    }
     if (!interrupted)
         printf("picture     %s/loss.png\n", r->out);
     if (interrupted)

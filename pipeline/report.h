@@ -43,8 +43,9 @@ void poe_progress_end(poe_progress *progress);
 /* The table of an evaluation: every stage, every prefix, the aggregate. */
 void poe_report_evaluation(const poe_options *options, const poe_evaluation *e, bool has_tokenizer);
 
-/* Collective: speed, waiting, overlap and memory of every rank, printed by rank 0. */
-poe_status poe_report_ranks(const poe_run *run, const struct poe_training *training);
+/* Collective, after poe_train(): speed, accounts of time, overlap and memory of every rank, printed by rank 0; idle shares
+ * and the accounts of all steps together are the last object of the last rank's metrics. */
+poe_status poe_report_ranks(poe_run *run, const struct poe_training *training);
 
 /* Where things are and how to go on; on rank 0. */
 void poe_report_files(const poe_run *run, const struct poe_training *training, bool interrupted);

@@ -231,7 +231,7 @@ static bool trains(const poe_run *r)
 static poe_stage_settings stage_settings(const poe_options *o, int stage, bool training, poe_recompute recompute)
 {
     return (poe_stage_settings){
-        .stage = stage, .rows = (size_t)o->device_batch_size, .training = training, .recompute = recompute};
+        .stage = stage, .rows = (size_t)o->device_batch_size, .slots = 1, .training = training, .recompute = recompute};
 }
 
 /* Every rank's memory, before any of it is allocated. */
@@ -245,6 +245,15 @@ static poe_status agree_on_memory(poe_run *r)
     return status == POE_OK ? poe_comm_gather(r->comm, &mine, r->memory, sizeof(mine)) : status;
 }
 
+static poe_status emulate_compute(poe_run *r)
+{
+    poe_emulation emulation;
+    poe_status status = poe_emulation_parse(r->options->emulate_compute, r->options->stages.count, &emulation);
+    if (status == POE_OK)
+        poe_compute_emulate(&r->compute, r->stage, &r->accounts, emulation.seconds[r->rank], r->options->seed, r->rank);
+    return status;
+}
+
 static poe_status create_stage(poe_run *r)
 {
     poe_stage_settings settings =
@@ -253,7 +262,13 @@ static poe_status create_stage(poe_run *r)
     poe_stage_limits(&r->model, &settings, &limits);
     limits.bf16 = wants_bf16(r->options);
     poe_status status = poe_cpu_create(r->kernels, r->threads, &limits, &r->backend);
-    return status == POE_OK ? poe_stage_create(&r->model, &settings, r->backend, &r->stage) : status;
+    if (status == POE_OK)
+        status = poe_stage_create(&r->model, &settings, r->backend, &r->stage);
+    if (status == POE_OK && r->options->emulate_compute)
+        status = emulate_compute(r);
+    else
+        poe_compute_init(&r->compute, r->stage);
+    return status;
 }
 
 static poe_status open_model(poe_run *r)
@@ -339,7 +354,7 @@ static poe_status open_links(poe_run *r)
                                          (size_t)r->options->device_batch_size, floats, reports, r->id);
     if (status == POE_OK && trains(r)) {
         poe_shared_settings settings = shared_settings(r->options, ranks, r->size, r->id);
-        status = poe_shared_open(&r->shared, r->comm, r->stage, &r->model, &r->optimizer, &settings, r->first_step);
+        status = poe_shared_open(&r->shared, r->comm, &r->compute, &r->model, &r->optimizer, &settings, r->first_step);
     }
     if (status == POE_OK && !(r->evaluation_memory = calloc(2 * floats, sizeof(float)))) {
         poe_error("out of memory for %zu log-probabilities", 2 * floats);

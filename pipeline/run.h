@@ -8,7 +8,9 @@
 #include <stdint.h>
 
 #include "comm/comm.h"
+#include "pipeline/accounts.h"
 #include "pipeline/checkpoint.h"
+#include "pipeline/compute.h"
 #include "pipeline/corpus.h"
 #include "pipeline/edges.h"
 #include "pipeline/evaluate.h"
@@ -54,6 +56,8 @@ typedef struct poe_run {
     poe_optimizer_config optimizer;
     poe_backend *backend;
     poe_stage *stage;
+    poe_compute compute;          /* what training does with the stage */
+    poe_accounts accounts;        /* of training: running between its first step and its end */
     poe_edges edges;
     poe_streams streams;
     poe_shared_rule shared;

@@ -6,6 +6,16 @@
 
 enum { BATCH_WINDOW = 4, AGGREGATE_WINDOW = 2 };
 
+const char *poe_channel_name(poe_channel channel)
+{
+    static const char *const names[] = {[POE_CHANNEL_BATCH] = "activations",
+                                        [POE_CHANNEL_AGGREGATE] = "aggregates",
+                                        [POE_CHANNEL_REPORT] = "reports",
+                                        [POE_CHANNEL_SHARED] = "shared gradients",
+                                        [POE_CHANNEL_EXPORT] = "weights"};
+    return names[channel];
+}
+
 static size_t token_bytes(size_t rows, size_t t)
 {
     return poe_arena_round(rows * t * sizeof(int32_t));
@@ -32,12 +42,12 @@ static void place_batch(char *payload, poe_batch *batch)
     batch->h = (float *)(payload + 2 * tokens);
 }
 
-static poe_status open_link(poe_comm *comm, const char *what, int peer, poe_channel channel, bool outgoing,
+static poe_status open_link(poe_comm *comm, int peer, poe_channel channel, bool outgoing,
                             size_t max_bytes, int window, uint64_t run, poe_link **link)
 {
     char name[64];
     int self = poe_comm_rank(comm);
-    snprintf(name, sizeof(name), "%s %d->%d", what, outgoing ? self : peer, outgoing ? peer : self);
+    snprintf(name, sizeof(name), "%s %d->%d", poe_channel_name(channel), outgoing ? self : peer, outgoing ? peer : self);
     poe_link_settings settings = {.name = name,
                                   .peer = peer,
                                   .channel = (int)channel,
@@ -53,13 +63,13 @@ static poe_status open_edge(poe_streams *s, poe_comm *comm, int peer, bool outgo
                             poe_link **batch, poe_link **aggregate, poe_link **report)
 {
     size_t batch_bytes = poe_streams_batch_bytes(s->rows, s->t, s->channels);
-    poe_status status = open_link(comm, "activations", peer, POE_CHANNEL_BATCH, outgoing, batch_bytes, BATCH_WINDOW, run, batch);
+    poe_status status = open_link(comm, peer, POE_CHANNEL_BATCH, outgoing, batch_bytes, BATCH_WINDOW, run, batch);
     if (status == POE_OK && s->aggregate_floats)
-        status = open_link(comm, "aggregates", peer, POE_CHANNEL_AGGREGATE, outgoing,
+        status = open_link(comm, peer, POE_CHANNEL_AGGREGATE, outgoing,
                            s->aggregate_floats * sizeof(float), AGGREGATE_WINDOW, run, aggregate);
     if (status == POE_OK)
-        status = open_link(comm, "losses", peer, POE_CHANNEL_REPORT, outgoing, POE_MAX_STAGES * sizeof(double), reports,
-                           run, report);
+        status = open_link(comm, peer, POE_CHANNEL_REPORT, outgoing,
+                           POE_MAX_STAGES * sizeof(poe_step_report), reports, run, report);
     return status;
 }
 
@@ -232,10 +242,10 @@ static poe_message report_message(int64_t step, int sender)
                          .step = step,
                          .stage = sender,
                          .shape = {(uint32_t)sender + 1, 0, 0, 0},
-                         .bytes = ((uint64_t)sender + 1) * sizeof(double)};
+                         .bytes = ((uint64_t)sender + 1) * sizeof(poe_step_report)};
 }
 
-poe_status poe_streams_receive_report(poe_streams *s, int64_t step, double *losses)
+poe_status poe_streams_receive_report(poe_streams *s, int64_t step, poe_step_report *reports)
 {
     if (!s->report_in)
         return POE_OK;
@@ -244,13 +254,21 @@ poe_status poe_streams_receive_report(poe_streams *s, int64_t step, double *loss
     poe_status status = poe_link_receive(s->report_in, &expected, NULL, &payload);
     if (status != POE_OK)
         return status;
-    memcpy(losses, payload, expected.bytes);
+    memcpy(reports, payload, expected.bytes);
     poe_link_release(s->report_in);
     return POE_OK;
 }
 
-poe_status poe_streams_send_report(poe_streams *s, int64_t step, const double *losses)
+poe_status poe_streams_send_report(poe_streams *s, int64_t step, const poe_step_report *reports)
 {
     poe_message message = report_message(step, s->stage);
-    return send_copies(s, s->report_out, &message, losses);
+    return send_copies(s, s->report_out, &message, reports);
+}
+
+bool poe_streams_report_ready(const poe_streams *s)
+{
+    bool ready = !s->report_in || poe_link_ready(s->report_in);
+    for (int i = 0; i < s->n_targets; i++)
+        ready &= poe_link_ready(s->report_out[i]);
+    return ready;
 }

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: MIT
  * The messages between stages, on comm's links, one set per edge: micro-batches (tokens, targets, activations),
- * partial aggregates of an evaluation, and reports (losses ride forward). All travel along the table of edges. */
+ * partial aggregates of an evaluation, and reports (losses and accounts of time ride forward). All travel
+ * along the table of edges. */
 #ifndef POE_PIPELINE_STREAMS_H
 #define POE_PIPELINE_STREAMS_H
 
@@ -8,6 +9,7 @@
 #include <stdint.h>
 
 #include "comm/comm.h"
+#include "pipeline/accounts.h"
 #include "pipeline/edges.h"
 #include "src/arena.h"
 #include "stages/model.h"
@@ -20,6 +22,8 @@ typedef enum poe_channel {
     POE_CHANNEL_SHARED,
     POE_CHANNEL_EXPORT,
 } poe_channel;
+
+const char *poe_channel_name(poe_channel channel); /* what it carries: "activations", ... */
 
 typedef enum poe_kind { POE_KIND_TRAIN = 1, POE_KIND_EVALUATE, POE_KIND_GENERATE, POE_KIND_AGGREGATE, POE_KIND_REPORT, POE_KIND_TENSOR } poe_kind;
 
@@ -75,8 +79,16 @@ poe_status poe_streams_send_batch(poe_streams *streams, const poe_batch *batch);
 poe_status poe_streams_receive_aggregate(poe_streams *streams, int64_t step, int chunk, size_t n, size_t v);
 poe_status poe_streams_send_aggregate(poe_streams *streams, int64_t step, int chunk, size_t n, size_t v);
 
-/* Losses of a step: `losses` has one entry per stage before this one when received; one more when sent. */
-poe_status poe_streams_receive_report(poe_streams *streams, int64_t step, double *losses);
-poe_status poe_streams_send_report(poe_streams *streams, int64_t step, const double *losses);
+/* What a stage has to say of a step. */
+typedef struct poe_step_report {
+    double loss;
+    poe_account_times times;
+} poe_step_report;
+
+/* The reports of a step: one per stage before this one when received; one more when sent. */
+poe_status poe_streams_receive_report(poe_streams *streams, int64_t step, poe_step_report *reports);
+poe_status poe_streams_send_report(poe_streams *streams, int64_t step, const poe_step_report *reports);
+/* True when neither of these two would wait. */
+bool poe_streams_report_ready(const poe_streams *streams);
 
 #endif

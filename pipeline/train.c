@@ -9,20 +9,28 @@
 
 #include "pipeline/report.h"
 #include "pipeline/settings.h"
-#include "src/clock.h"
 #include "src/crc32c.h"
 #include "src/log.h"
+
+/* Steps whose reports may be waiting for those of the stages before: more than ranks are ever apart. */
+enum { OWN_REPORTS = 4 * POE_MAX_STAGES };
+
+typedef struct own_report {
+    poe_step_report report;
+    uint32_t epoch;
+} own_report;
 
 typedef struct trainer {
     poe_run *run;
     poe_training *training;
     poe_progress progress; /* last rank */
     int micro_batches;
-    double losses[POE_MAX_STAGES]; /* of the step; own and those of the stages before */
+    double loss;                   /* of the step at hand */
+    own_report own[OWN_REPORTS];   /* by step; those of steps reported..done-1 are to be passed on */
+    int64_t reported, done;
     bool stop;                     /* after this step */
     uint32_t epoch;
-    double mark;           /* when the time that is not yet counted began */
-    poe_comm_stats marked; /* and what had been waited by then */
+    poe_comm_stats marked; /* what had been sent before the step */
 } trainer;
 
 /* --- data ------------------------------------------------------------------------------------------------------------------- */
@@ -68,6 +76,61 @@ static poe_status receive_batch(trainer *t, poe_batch *batch)
     return POE_PEER_LOST;
 }
 
+/* --- reports -------------------------------------------------------------------------------------------------------------------- */
+
+/* A step's seconds without the checkpoint before it. */
+static double step_seconds(const poe_account_times *times)
+{
+    return times->wall - times->seconds[POE_ACCOUNT_CHECKPOINT];
+}
+
+static poe_status write_step(trainer *t, int64_t step, const poe_step_report *reports)
+{
+    poe_run *r = t->run;
+    poe_rates rates;
+    poe_rates_at(&r->model, &r->optimizer, (int)step, &rates);
+    double losses[POE_MAX_STAGES], dt = step_seconds(&reports[r->rank].times);
+    json_t *stages = json_array(), *accounts = json_array();
+    for (int k = 0; k < r->size; k++) {
+        losses[k] = reports[k].loss;
+        json_array_append_new(stages, json_real(losses[k]));
+        json_array_append_new(accounts, poe_account_json(&reports[k].times));
+    }
+    double loss = poe_report_loss(&r->model, losses);
+    int64_t tokens = (step + 1) * r->options->total_batch_size;
+    poe_progress_step(&t->progress, step, loss, losses, rates.lrm, dt, t->own[step % OWN_REPORTS].epoch);
+    json_t *object = r->options->emulate_compute
+                         ? json_pack("{s:I, s:s}", "step", (json_int_t)step, "emulated", "compute")
+                         : json_pack("{s:I, s:f, s:O, s:f}", "step", (json_int_t)step, "loss", loss, "stage_loss", stages,
+                                     "lrm", rates.lrm);
+    json_decref(stages);
+    json_object_set_new(object, "tokens", json_integer((json_int_t)tokens));
+    json_object_set_new(object, "dt", json_real(dt));
+    json_object_set_new(object, "accounts", accounts);
+    return poe_metrics_write(&r->metrics, object);
+}
+
+static poe_status pass_report(trainer *t, int64_t step)
+{
+    poe_run *r = t->run;
+    poe_step_report reports[POE_MAX_STAGES];
+    poe_status status = poe_streams_receive_report(&r->streams, step, reports);
+    reports[r->rank] = t->own[step % OWN_REPORTS].report;
+    if (status == POE_OK)
+        status = poe_streams_send_report(&r->streams, step, reports);
+    return status == POE_OK && poe_run_is_last(r) ? write_step(t, step, reports) : status;
+}
+
+/* Losses and accounts ride forward, and the last rank writes them down. A stage before may well end the step later than
+ * this one: nobody waits for reports while there is work, unless `all` that are left must be passed on now. */
+static poe_status pass_reports(trainer *t, bool all)
+{
+    poe_status status = POE_OK;
+    while (status == POE_OK && t->reported < t->done && (all || poe_streams_report_ready(&t->run->streams)))
+        status = pass_report(t, t->reported++);
+    return status;
+}
+
 /* --- one step ----------------------------------------------------------------------------------------------------------------- */
 
 /* What is not finite in one stage is soon not finite in the later ones. So each gives every stage before it the time to
@@ -78,22 +141,35 @@ static bool speaks_first(const poe_run *r)
     return !poe_comm_stop_wanted(r->comm);
 }
 
+static void enter(trainer *t, poe_account account, const poe_batch *batch)
+{
+    poe_account_enter(&t->run->accounts, account, batch->step, batch->micro);
+}
+
 static poe_status run_micro_batch(trainer *t, poe_batch *batch, double *loss)
 {
     poe_run *r = t->run;
     float *h_out;
+    enter(t, POE_ACCOUNT_DATA, batch);
     poe_status status = r->streams.source < 0 ? read_batch(t, batch) : receive_batch(t, batch);
+    enter(t, POE_ACCOUNT_OTHER, batch);
+    if (status == POE_OK)
+        status = pass_reports(t, false);
+    enter(t, POE_ACCOUNT_SEND, batch);
     if (status == POE_OK)
         status = poe_streams_output(&r->streams, batch, &h_out);
     if (status != POE_OK)
         return status;
-    poe_comm_doing(r->comm, "forward", batch->step, batch->micro);
-    poe_stage_forward(r->stage, batch->rows, batch->t, batch->idx, batch->h, h_out);
+    enter(t, POE_ACCOUNT_FORWARD, batch);
+    r->compute.ops->forward(&r->compute, 0, batch->rows, batch->t, batch->idx,
+                            batch->h ? &(poe_crossing){.h = batch->h} : NULL, h_out ? &(poe_crossing){.h = h_out} : NULL);
+    enter(t, POE_ACCOUNT_SEND, batch);
     status = poe_streams_send_batch(&r->streams, batch);
     if (status != POE_OK)
         return status;
-    poe_comm_doing(r->comm, "loss and backward", batch->step, batch->micro);
-    status = poe_stage_backward(r->stage, batch->targets, t->micro_batches, loss);
+    enter(t, POE_ACCOUNT_BACKWARD, batch);
+    status = r->compute.ops->backward(&r->compute, 0, batch->targets, t->micro_batches, NULL, NULL, loss);
+    enter(t, POE_ACCOUNT_OTHER, batch);
     if (status == POE_NUMERIC && speaks_first(r))
         poe_error("step %lld: the loss of stage %d is %g (micro-batch %d); stopped before that stage's update",
                   (long long)batch->step, r->rank, *loss, batch->micro);
@@ -115,39 +191,13 @@ static poe_status accumulate_step(trainer *t, int64_t step)
         t->stop = batch.flags & POE_FLAG_STOP;
         t->epoch = batch.flags >> POE_EPOCH_SHIFT;
     }
-    t->losses[r->rank] = sum / t->micro_batches;
-    if (poe_stage_gradients_finite(r->stage))
+    t->loss = sum / t->micro_batches;
+    if (r->compute.ops->gradients_finite(&r->compute))
         return POE_OK;
     if (speaks_first(r))
         poe_error("step %lld: a gradient of stage %d is not finite; stopped before that stage's update", (long long)step,
                   r->rank);
     return POE_NUMERIC;
-}
-
-static poe_status write_step(trainer *t, int64_t step, double dt)
-{
-    poe_run *r = t->run;
-    poe_rates rates;
-    poe_rates_at(&r->model, &r->optimizer, (int)step, &rates);
-    json_t *stages = json_array();
-    for (int k = 0; k < r->size; k++)
-        json_array_append_new(stages, json_real(t->losses[k]));
-    double loss = poe_report_loss(&r->model, t->losses);
-    int64_t tokens = (step + 1) * r->options->total_batch_size;
-    poe_progress_step(&t->progress, step, loss, t->losses, rates.lrm, dt, t->epoch);
-    return poe_metrics_write(&r->metrics, json_pack("{s:I, s:f, s:o, s:f, s:I, s:f}", "step", (json_int_t)step, "loss", loss,
-                                                    "stage_loss", stages, "lrm", rates.lrm, "tokens", (json_int_t)tokens,
-                                                    "dt", dt));
-}
-
-/* The losses ride forward, and the last rank writes them down. */
-static poe_status report_step(trainer *t, int64_t step, double dt)
-{
-    poe_run *r = t->run;
-    poe_status status = poe_streams_receive_report(&r->streams, step, t->losses);
-    if (status == POE_OK)
-        status = poe_streams_send_report(&r->streams, step, t->losses);
-    return status == POE_OK && poe_run_is_last(r) ? write_step(t, step, dt) : status;
 }
 
 /* --- evaluation and checkpoints ---------------------------------------------------------------------------------------------- */
@@ -156,6 +206,7 @@ static poe_status evaluate(trainer *t, int64_t step)
 {
     poe_run *r = t->run;
     poe_evaluation *e = &t->training->evaluation;
+    poe_account_enter(&r->accounts, POE_ACCOUNT_OUTSIDE, step, -1);
     poe_status status = poe_evaluate(&r->evaluator, step, e);
     if (status != POE_OK)
         return status;
@@ -193,7 +244,7 @@ static poe_status save(trainer *t, int64_t step)
     int64_t steps[POE_OPTION_DELAY];
     float *totals[POE_OPTION_DELAY];
     poe_pending pending = {.total_steps = steps, .totals = totals};
-    poe_comm_doing(r->comm, "checkpoint", step, 0);
+    poe_account_enter(&r->accounts, POE_ACCOUNT_CHECKPOINT, step, -1);
     poe_status status = poe_shared_pending(&r->shared, &pending);
     if (status != POE_OK)
         return status;
@@ -210,26 +261,32 @@ static bool due(int64_t done, int every)
 
 /* --- the run ------------------------------------------------------------------------------------------------------------------- */
 
-static void set_mark(trainer *t)
+/* What is sent from now on counts as training. */
+static void mark_traffic(trainer *t)
 {
-    t->mark = poe_now();
     poe_comm_get_stats(t->run->comm, &t->marked);
 }
 
-/* Seconds since the last mark, which count as training; sets the next one. */
-static double pass_mark(trainer *t)
+static void count_traffic(trainer *t)
 {
-    double before = t->mark;
-    poe_comm_stats from = t->marked, *waits = &t->training->waits;
-    set_mark(t);
-    waits->receive_wait += t->marked.receive_wait - from.receive_wait;
-    waits->credit_wait += t->marked.credit_wait - from.credit_wait;
-    waits->shared_wait += t->marked.shared_wait - from.shared_wait;
-    waits->transfer += t->marked.transfer - from.transfer;
-    waits->transfer_busy += t->marked.transfer_busy - from.transfer_busy;
-    waits->bytes_sent += t->marked.bytes_sent - from.bytes_sent;
-    t->training->seconds += t->mark - before;
-    return t->mark - before;
+    poe_comm_stats from = t->marked, *traffic = &t->training->traffic;
+    mark_traffic(t);
+    traffic->transfer += t->marked.transfer - from.transfer;
+    traffic->transfer_busy += t->marked.transfer_busy - from.transfer_busy;
+    traffic->bytes_sent += t->marked.bytes_sent - from.bytes_sent;
+}
+
+/* Ends the step's accounts and leaves its report to be passed on. */
+static void close_step(trainer *t, int64_t step)
+{
+    own_report *own = &t->own[step % OWN_REPORTS];
+    *own = (own_report){.report.loss = t->loss, .epoch = t->epoch};
+    poe_accounts_close_step(&t->run->accounts, &own->report.times);
+    t->done = step + 1;
+    t->training->seconds += step_seconds(&own->report.times);
+    t->training->steps = step + 1;
+    t->training->tokens += t->run->options->total_batch_size;
+    count_traffic(t);
 }
 
 static poe_status train_step(trainer *t, int64_t step)
@@ -237,24 +294,28 @@ static poe_status train_step(trainer *t, int64_t step)
     poe_status status = accumulate_step(t, step);
     if (status != POE_OK)
         return status;
-    poe_comm_doing(t->run->comm, "update", step, t->micro_batches);
+    poe_account_enter(&t->run->accounts, POE_ACCOUNT_OPTIMIZER, step, -1);
     status = poe_shared_step(&t->run->shared, step);
     if (status != POE_OK)
         return status;
-    t->training->steps = step + 1;
-    t->training->tokens += t->run->options->total_batch_size;
-    return report_step(t, step, pass_mark(t));
+    close_step(t, step);
+    bool full = t->done - t->reported == OWN_REPORTS;
+    return pass_reports(t, full);
 }
 
-/* What is due between two steps; its time is not theirs. */
+/* What is due between two steps. */
 static poe_status rest_after(trainer *t, int64_t done)
 {
     const poe_options *o = t->run->options;
     bool evaluates = t->run->corpus.n_eval && due(done, o->eval_every);
-    poe_status status = evaluates ? evaluate(t, done) : POE_OK;
-    if (status == POE_OK && (t->stop || due(done, o->save_every)))
+    bool saves = !o->emulate_compute && (t->stop || due(done, o->save_every));
+    poe_status status = evaluates || saves ? pass_reports(t, true) : POE_OK;
+    if (status == POE_OK && evaluates)
+        status = evaluate(t, done);
+    if (status == POE_OK && saves)
         status = save(t, done);
-    set_mark(t);
+    poe_account_enter(&t->run->accounts, POE_ACCOUNT_OTHER, done, -1);
+    mark_traffic(t);
     return status;
 }
 
@@ -262,16 +323,19 @@ static poe_status run_step(trainer *t, int64_t step)
 {
     poe_status status = train_step(t, step);
     bool at_end = step + 1 == t->run->options->num_iterations;
-    return status == POE_OK && !at_end ? rest_after(t, step + 1) : status;
+    if (status != POE_OK)
+        return status;
+    return at_end ? pass_reports(t, true) : rest_after(t, step + 1);
 }
 
 static poe_status finish(trainer *t)
 {
     poe_run *r = t->run;
+    poe_account_enter(&r->accounts, POE_ACCOUNT_OPTIMIZER, t->training->steps, -1);
     poe_status status = poe_shared_finish(&r->shared);
     if (status == POE_OK && r->corpus.n_eval)
         status = evaluate(t, t->training->steps);
-    if (status == POE_OK && t->training->steps > r->first_step)
+    if (status == POE_OK && t->training->steps > r->first_step && !r->options->emulate_compute)
         status = save(t, t->training->steps);
     return status;
 }
@@ -279,16 +343,22 @@ static poe_status finish(trainer *t)
 poe_status poe_train(poe_run *r, poe_training *training)
 {
     *training = (poe_training){.steps = r->first_step};
-    trainer t = {.run = r, .training = training, .micro_batches = poe_settings_micro_batches(r->options)};
+    trainer t = {.run = r,
+                 .training = training,
+                 .micro_batches = poe_settings_micro_batches(r->options),
+                 .reported = r->first_step,
+                 .done = r->first_step};
     if (poe_run_is_last(r))
         poe_progress_start(&t.progress, r);
-    set_mark(&t);
+    mark_traffic(&t);
+    poe_accounts_start(&r->accounts, r->comm);
     poe_status status = POE_OK;
     for (int64_t step = r->first_step; status == POE_OK && !t.stop && step < r->options->num_iterations; step++)
         status = run_step(&t, step);
     bool interrupted = t.stop && training->steps < r->options->num_iterations;
     if (status == POE_OK && !interrupted)
         status = finish(&t);
+    poe_accounts_stop(&r->accounts);
     if (poe_run_is_last(r))
         poe_progress_end(&t.progress);
     return status == POE_OK && interrupted ? POE_INTERRUPTED : status;

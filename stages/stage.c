@@ -2,6 +2,7 @@
  * A stage's memory: which pieces there are, how large, and where. */
 #include "stages/stage.h"
 
+#include <assert.h>
 #include <math.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -241,6 +242,7 @@ static void lay_out(poe_stage *stage)
 static poe_status prepare(const poe_model *model, const poe_stage_settings *settings, poe_stage **result)
 {
     int first = model->first_layer[settings->stage], n_layers = model->first_layer[settings->stage + 1] - first;
+    assert(settings->slots == 1 && !settings->split);
     bool backout = model->config.objective == POE_OBJECTIVE_BP && model->config.backout;
     poe_stage *stage = calloc(1, sizeof(*stage));
     stage_layer *layers = calloc((size_t)n_layers, sizeof(*layers));

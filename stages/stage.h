@@ -27,9 +27,18 @@ const char *poe_recompute_name(poe_recompute recompute); /* "none", "norms", "bl
 typedef struct poe_stage_settings {
     int stage;               /* 0..K-1 */
     size_t rows;             /* B: the most rows of a micro-batch */
+    int slots;               /* micro-batches whose activations are kept at once: 1 or more */
     bool training;           /* false: parameters and forward activations only */
+    bool split;              /* training only: backward comes in two parts; keep what the weights' part needs */
     poe_recompute recompute; /* training only */
 } poe_stage_settings;
+
+/* What crosses the boundary between two stages, (b,t,C) each, or its gradients. Under poe h alone. Where gradients flow
+ * back, x0 rides with it (wte and smear live on stage 0 alone: poe_model_crosses_x0()), and with backout, from the stage
+ * that has layer L/2 on, that layer's output mid (poe_model_crosses_mid()). NULL: does not cross. */
+typedef struct poe_crossing {
+    float *h, *x0, *mid;
+} poe_crossing;
 
 /* Bytes of each arena, computed without allocating any (for the start-up table and --dry-run). The backend's scratch
  * is its own (poe_cpu_scratch_bytes() with poe_stage_limits()). */
@@ -60,17 +69,22 @@ float *poe_stage_shared_gradients(poe_stage *stage); /* likewise; this stage's s
 /* Call after writing parameter values from outside (loading, initialising): refreshes what is derived from them. */
 void poe_stage_parameters_changed(poe_stage *stage);
 
-/* Forward of one micro-batch: b rows (<= B) of t positions (<= T). idx (b,t) in 0..V-1. h_in (b,t,C): the previous
- * stage's output, detached; NULL on stage 0, which starts from x0. h_out (b,t,C); NULL: nobody wants it. Everything
- * backward needs is kept, or can be made again, until it is done. All pointers are borrowed; idx and h_in must stay until
- * poe_stage_backward() is done. */
-void poe_stage_forward(poe_stage *stage, size_t b, size_t t, const int32_t *idx, const float *h_in, float *h_out);
+/* Forward of one micro-batch into slot `slot` (0..slots-1): b rows (<= B) of t positions (<= T). idx (b,t) in 0..V-1.
+ * `in`: what the previous stage put out; NULL on stage 0, which starts from x0. `out`: written, all that crosses to the
+ * next stage, x0 and mid copied on where they come from before; NULL: nobody wants it. Everything backward needs is
+ * kept, or can be made again, until the slot's next forward. All memory is borrowed and none of it may overlap; idx and
+ * what `in` points to must stay until poe_stage_backward() (or poe_stage_backward_input()) of this slot is done. */
+void poe_stage_forward(poe_stage *stage, int slot, size_t b, size_t t, const int32_t *idx, const poe_crossing *in,
+                       const poe_crossing *out);
 
-/* Once after each forward: its loss against targets (b,t) (negative: ignored), and the local backward pass, gradients of
- * loss * stage weight / n_micro added to those of the step. Stage weight: 1 / K^(1 - alpha); 1 for bp. *loss: mean nats
- * over targets >= 0, unweighted. POE_NUMERIC when it is NaN or Inf (not said: the caller knows the step); the
- * gradients are then of no use. */
-poe_status poe_stage_backward(poe_stage *stage, const int32_t *targets, int n_micro, double *loss);
+/* Once after the slot's forward: the loss against targets (b,t) (negative: ignored) and the backward pass; gradients of
+ * loss * stage weight / n_micro are added to those of the step, so slots must come in the order of their micro-batches.
+ * Stage weight: 1 / K^(1 - alpha); 1 for bp. d_out: gradients from the next stage, NULL on the last one and under poe.
+ * d_in: written, gradients for the previous stage; NULL: nobody wants them, as on stage 0 and under poe. *loss: mean nats
+ * over targets >= 0, unweighted; 0 for a stage without a loss of its own (poe_stage_has_head()). POE_NUMERIC when it is
+ * NaN or Inf (not said: the caller knows the step); the gradients are then of no use. */
+poe_status poe_stage_backward(poe_stage *stage, int slot, const int32_t *targets, int n_micro,
+                              const poe_crossing *d_out, const poe_crossing *d_in, double *loss);
 
 void poe_stage_clear_gradients(poe_stage *stage); /* the own ones, at the start of a step */
 void poe_stage_clear_shared_gradients(poe_stage *stage);

@@ -134,9 +134,10 @@ static void embed_backward(poe_stage *stage)
     ops->embed_backward(stage->backend, stage->g.wte, de, stage->e, stage->rinv_e, stage->idx, b * t, c);
 }
 
-poe_status poe_stage_backward(poe_stage *stage, const int32_t *targets, int n_micro, double *loss)
+poe_status poe_stage_backward(poe_stage *stage, int slot, const int32_t *targets, int n_micro,
+                              const poe_crossing *d_out, const poe_crossing *d_in, double *loss)
 {
-    assert(stage->settings.training && stage->idx);
+    assert(stage->settings.training && stage->idx && slot == 0 && !d_out && !d_in);
     *loss = head_backward(stage, targets, n_micro);
     if (!isfinite(*loss))
         return POE_NUMERIC;

@@ -101,16 +101,17 @@ static void refresh_head(poe_stage *stage)
     stage->head_sum_stale = false;
 }
 
-void poe_stage_forward(poe_stage *stage, size_t b, size_t t, const int32_t *idx, const float *h_in, float *h_out)
+void poe_stage_forward(poe_stage *stage, int slot, size_t b, size_t t, const int32_t *idx, const poe_crossing *in,
+                       const poe_crossing *out)
 {
     const poe_ops *ops = stage->backend->ops;
     size_t n = b * t, c = (size_t)stage->model->config.n_embd;
     assert(b <= stage->settings.rows && t <= (size_t)stage->model->config.sequence_len);
-    assert((stage->settings.stage == 0) == !h_in);
+    assert((stage->settings.stage == 0) == !in && slot == 0);
     stage->b = b;
     stage->t = t;
     stage->idx = idx;
-    stage->h_in = h_in;
+    stage->h_in = in ? in->h : NULL;
     refresh_head(stage);
     poe_stage_embed(stage);
     smear(stage);
@@ -119,8 +120,8 @@ void poe_stage_forward(poe_stage *stage, size_t b, size_t t, const int32_t *idx,
         finish_layer(stage, &stage->layers[i]);
     }
     finish(stage);
-    if (h_out)
-        ops->copy(stage->backend, h_out, layer_input(stage, stage->n_layers), n * c);
+    if (out)
+        ops->copy(stage->backend, out->h, layer_input(stage, stage->n_layers), n * c);
 }
 
 size_t poe_stage_logit_rows(const poe_stage *stage)

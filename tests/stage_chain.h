@@ -43,7 +43,7 @@ static inline void chain_open_recomputing(stage_chain *chain, const poe_model *m
     chain->kind = kind;
     chain->n_stages = model->config.n_stages;
     for (int k = 0; k < chain->n_stages; k++) {
-        poe_stage_settings settings = {.stage = k, .rows = rows, .training = training, .recompute = recompute};
+        poe_stage_settings settings = {.stage = k, .rows = rows, .slots = 1, .training = training, .recompute = recompute};
         poe_backend_limits limits;
         poe_stage_limits(model, &settings, &limits);
         chain_require(kind->create(&limits, &chain->backends[k]) == POE_OK, "a backend");
@@ -83,10 +83,11 @@ static inline void chain_run(stage_chain *chain, size_t b, size_t t, const int32
 {
     for (int k = 0; k < chain->n_stages; k++) {
         double loss;
-        poe_stage_forward(chain->stages[k], b, t, idx, k ? chain->h[k - 1] : NULL, chain->h[k]);
+        poe_stage_forward(chain->stages[k], 0, b, t, idx, k ? &(poe_crossing){.h = chain->h[k - 1]} : NULL,
+                          &(poe_crossing){.h = chain->h[k]});
         if (!losses)
             continue;
-        CHECK_INT(poe_stage_backward(chain->stages[k], targets, n_micro, &loss), POE_OK);
+        CHECK_INT(poe_stage_backward(chain->stages[k], 0, targets, n_micro, NULL, NULL, &loss), POE_OK);
         losses[k] += loss / n_micro;
     }
 }

@@ -572,7 +572,7 @@ int main(void)
     check_scenario(&(poe_scenario){"damaged", 2, {.deadline = 30}, stream_damaged, 1, NULL}, "0>1:corrupt=2",
                    "link activations 0->1: rank 1 refuses a message from rank 0: its payload's CRC-32C is ");
     check_scenario(&(poe_scenario){"partition", 2, {.deadline = 0.4}, wait_behind_partition, 0, NULL},
-                   "0-1:rtt=1ms,down", "rank 1 has given no sign of life for 0.4");
+                   "0-1:rtt=1ms,down", "rank 1 has given no sign of life for ");
     poe_log_destroy(log);
     check_failures += poe_scenarios_failures();
     return check_result();

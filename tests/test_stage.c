@@ -150,8 +150,8 @@ static double loss_of(stage_chain *chain, int k)
     double loss;
     poe_stage *stage = chain->stages[k];
     poe_stage_parameters_changed(stage);
-    poe_stage_forward(stage, B, T, idx, k ? chain->h[k - 1] : NULL, NULL);
-    CHECK_INT(poe_stage_backward(stage, targets, 1, &loss), POE_OK);
+    poe_stage_forward(stage, 0, B, T, idx, k ? &(poe_crossing){.h = chain->h[k - 1]} : NULL, NULL);
+    CHECK_INT(poe_stage_backward(stage, 0, targets, 1, NULL, NULL, &loss), POE_OK);
     return loss;
 }
 
@@ -518,7 +518,7 @@ static void check_recompute_memory(const poe_model *model)
 {
     uint64_t before = UINT64_MAX;
     for (int r = 0; r < POE_RECOMPUTE_COUNT; r++) {
-        poe_stage_settings settings = {.rows = B, .training = true, .recompute = (poe_recompute)r};
+        poe_stage_settings settings = {.rows = B, .slots = 1, .training = true, .recompute = (poe_recompute)r};
         poe_stage_memory size;
         CHECK_INT(poe_stage_size(model, &settings, &size), POE_OK);
         CHECK(size.activations < before);
@@ -557,8 +557,8 @@ static void check_not_finite(const chain_backend *kind)
     poe_stage_clear_gradients(stage);
     CHECK(poe_stage_gradients_finite(stage));
     poe_stage_own_values(stage)[7] = NAN;
-    poe_stage_forward(stage, B, T, idx, NULL, NULL);
-    CHECK_INT(poe_stage_backward(stage, targets, 1, &loss), POE_NUMERIC);
+    poe_stage_forward(stage, 0, B, T, idx, NULL, NULL);
+    CHECK_INT(poe_stage_backward(stage, 0, targets, 1, NULL, NULL, &loss), POE_NUMERIC);
     chain_close(&chain);
 }
 
@@ -649,7 +649,7 @@ static void check_memory(void)
     config.head = POE_HEAD_PER_STAGE;
     poe_model model = small_model(&config);
     poe_backend_limits limits;
-    poe_stage_settings settings = {.stage = 1, .rows = B, .training = true};
+    poe_stage_settings settings = {.stage = 1, .rows = B, .slots = 1, .training = true};
     poe_stage_limits(&model, &settings, &limits);
     chain_require(poe_plain_create(&limits, &counted_backend) == POE_OK, "a backend");
     counting_ops = *counted_backend->ops;

@@ -161,11 +161,12 @@ static poe_status report(poe_run *r, const poe_training *t, bool interrupted)
     poe_status status = poe_comm_barrier(r->comm, "the end of training");
     if (status == POE_OK && r->rank == 0 && t->evaluated && !interrupted)
         poe_report_evaluation(r->options, &t->evaluation, r->corpus.has_tokenizer);
-    if (status == POE_OK && r->corpus.has_tokenizer && !interrupted)
+    bool learnt = !interrupted && !r->options->emulate_compute;
+    if (status == POE_OK && r->corpus.has_tokenizer && learnt)
         status = show_sample(r);
     if (status == POE_OK)
         status = poe_report_ranks(r, t);
-    if (status == POE_OK && poe_run_is_last(r) && !interrupted)
+    if (status == POE_OK && poe_run_is_last(r) && learnt)
         status = draw_picture(r);
     if (status == POE_OK)
         status = poe_comm_barrier(r->comm, "the picture");
