@@ -7,6 +7,7 @@
 #include <string.h>
 
 #include "comm/mpi/mpi.h"
+#include "faults/net.h"
 #include "pipeline/generate.h"
 #include "pipeline/interchange.h"
 #include "pipeline/report.h"
@@ -100,6 +101,8 @@ static poe_status open_metrics(poe_run *r)
     if (status == POE_OK)
         status = poe_metrics_open(&r->metrics, path, r->resumed_run[0] ? previous : NULL, r->first_step,
                                   r->first_step - evaluated_again);
+    if (poe_comm_emulated(r->comm))
+        r->metrics.emulated = "network";
     return status;
 }
 
@@ -275,11 +278,19 @@ static poe_status dry_run(const poe_options *o)
 
 static poe_status check_transport(const poe_options *o, bool launched)
 {
-    if (strcmp(o->transport, "mpi") != 0 || launched)
+    if (launched || (strcmp(o->transport, "mpi") != 0 && strcmp(o->transport, "fabric") != 0))
         return POE_OK;
-    poe_error("--transport mpi needs ranks that a launcher started: --ranks %d, or mpiexec -n %d", o->stages.count,
-              o->stages.count);
+    poe_error("--transport %s needs ranks that a launcher started: --ranks %d, or mpiexec -n %d", o->transport,
+              o->stages.count, o->stages.count);
     return POE_BAD_INPUT;
+}
+
+static poe_status check_net(const poe_options *o)
+{
+    poe_net net;
+    poe_status status = poe_net_read(o->net, o->stages.count, &net);
+    poe_net_free(&net);
+    return status;
 }
 
 int poe_train_main(int argc, char **argv, poe_options *options, poe_status parse_status)
@@ -290,6 +301,8 @@ int poe_train_main(int argc, char **argv, poe_options *options, poe_status parse
     poe_status status = parse_status == POE_OK ? check_transport(options, launched) : parse_status;
     if (status == POE_OK)
         status = poe_kernels_parse(options->kernels, &kernels);
+    if (status == POE_OK)
+        status = check_net(options);
     if (status == POE_OK && options->dry_run) {
         int rank = 0, size = 1;
         poe_mpi_environment(&rank, &size);
