@@ -114,7 +114,7 @@ static poe_status step_stale(poe_shared_rule *r, int64_t step)
 {
     float *slot = slot_of(r, step);
     memcpy(slot, poe_stage_shared_gradients(r->stage), r->floats * sizeof(float));
-    poe_status status = poe_reduce_begin(r->reduce, step, slot);
+    poe_status status = poe_reduce_begin(r->reduce, step, slot, slot);
     if (status != POE_OK)
         return status;
     update_own(r, step);
@@ -125,7 +125,7 @@ static poe_status step_stale(poe_shared_rule *r, int64_t step)
 /* Sums `vector`, which covers `steps` steps, in place and applies its mean. */
 static poe_status sum_and_apply(poe_shared_rule *r, int64_t step, float *vector, int steps, bool update_meanwhile)
 {
-    poe_status status = poe_reduce_begin(r->reduce, step, vector);
+    poe_status status = poe_reduce_begin(r->reduce, step, vector, vector);
     if (status != POE_OK)
         return status;
     if (update_meanwhile)

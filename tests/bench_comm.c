@@ -146,7 +146,7 @@ static void bench_sum(poe_comm *comm)
     CHECK_INT(poe_reduce_open(comm, &settings, &reduce), POE_OK);
     for (int i = 0; i < N; i++) {
         double start = poe_now();
-        CHECK_INT(poe_reduce_begin(reduce, i, values), POE_OK);
+        CHECK_INT(poe_reduce_begin(reduce, i, values, values), POE_OK);
         CHECK_INT(poe_reduce_end(reduce, i), POE_OK);
         if (poe_comm_rank(comm) == 0)
             printf("sum %.3f s\n", poe_now() - start);
