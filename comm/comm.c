@@ -116,6 +116,19 @@ void poe_comm_get_stats(poe_comm *comm, poe_comm_stats *stats)
     pthread_mutex_unlock(&comm->lock);
 }
 
+void poe_comm_observe(poe_comm *comm, const poe_comm_observer *observer)
+{
+    comm->observer = observer ? *observer : (poe_comm_observer){0};
+}
+
+static poe_wait_kind kind_of(const poe_comm *comm, const poe_wait *wait)
+{
+    return wait->account == &comm->stats.receive_wait  ? POE_WAIT_RECEIVE
+           : wait->account == &comm->stats.credit_wait ? POE_WAIT_CREDIT
+           : wait->account == &comm->stats.shared_wait ? POE_WAIT_SHARED
+                                                       : POE_WAIT_COLLECTIVE;
+}
+
 /* --- parts -------------------------------------------------------------------------------------------------------- */
 void poe_part_send(poe_part *part, int peer, int channel, const void *data, size_t bytes, poe_operation *op)
 {
@@ -187,6 +200,9 @@ poe_status poe_part_wait(poe_part *part, poe_wait *wait, bool (*ready)(const poe
     comm->wait = NULL;
     *wait->account += now - wait->since;
     pthread_mutex_unlock(&comm->lock);
+    const poe_comm_observer *o = &comm->observer;
+    if (o->waited)
+        o->waited(o->context, kind_of(comm, wait), atomic_load(wait->peer), wait->channel, wait->since, now);
     return atomic_load(&comm->status);
 }
 

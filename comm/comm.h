@@ -89,6 +89,8 @@ poe_status poe_link_send(poe_link *link, const poe_message *message);
  * are lent and released in order; up to `window` may be lent at a time. */
 poe_status poe_link_receive(poe_link *link, const poe_message *expected, poe_message *got, void **payload);
 void poe_link_release(poe_link *link);
+/* True when poe_link_acquire() (of an outgoing link), or poe_link_receive(), would not wait. */
+bool poe_link_ready(const poe_link *link);
 
 /* --- the shared sum -------------------------------------------------------------------------------------------------------- */
 typedef struct poe_reduce_settings {
@@ -125,6 +127,19 @@ typedef struct poe_comm_stats {
     uint64_t shared_sent, shared_dense; /* bytes of sums that were sent, and what all of their rows in fp32 would be */
 } poe_comm_stats;
 void poe_comm_get_stats(poe_comm *comm, poe_comm_stats *stats); /* totals since the start */
+
+typedef enum poe_wait_kind { POE_WAIT_RECEIVE, POE_WAIT_CREDIT, POE_WAIT_SHARED, POE_WAIT_COLLECTIVE } poe_wait_kind;
+
+/* Called in the rank's own thread, which is the one that waits and sends: after each sleep (`channel`: of the link, for
+ * POE_WAIT_RECEIVE and POE_WAIT_CREDIT), when a link's message is handed over, and when one is lent. NULL: not told. */
+typedef struct poe_comm_observer {
+    void *context;
+    void (*waited)(void *context, poe_wait_kind kind, int peer, int channel, double from, double to);
+    void (*sent)(void *context, int peer, int channel, const poe_message *message);
+    void (*received)(void *context, int peer, int channel, const poe_message *message);
+} poe_comm_observer;
+/* Copied; NULL: nobody observes. */
+void poe_comm_observe(poe_comm *comm, const poe_comm_observer *observer);
 
 /* What the rank is doing, for its neighbours' and the user's eyes ("forward, step 12, micro-batch 3"): cheap, copied
  * into heartbeats. Static text only; a negative step or micro-batch is left out. */

@@ -39,6 +39,7 @@ typedef struct poe_wait {
     char text[160];         /* "step 3, micro-batch 1 on link activations 0->1" */
     const atomic_int *peer; /* the rank that must act next */
     double *account;        /* field of stats */
+    int channel;            /* of the link */
     bool end;               /* the end of the job: a peer that leaves is no loss */
     double since, said;     /* monotonic; set by poe_part_wait() */
     time_t since_wall;
@@ -69,6 +70,8 @@ struct poe_comm {
     poe_comm_stats stats;
     double accounted; /* transfer and transfer_busy are right up to here */
     bool sending;
+
+    poe_comm_observer observer; /* the rank's thread's */
 
     poe_part *parts; /* the helper thread's, as is the rest */
     double due;       /* when it must look again, even if nothing happens */

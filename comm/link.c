@@ -305,6 +305,11 @@ static bool has_message(const poe_part *part)
     return link->lent < atomic_load(&link->ready);
 }
 
+bool poe_link_ready(const poe_link *link)
+{
+    return link->outgoing ? has_credit(&link->part) : has_message(&link->part);
+}
+
 static poe_status wait_for(poe_link *link, const poe_message *message, const char *what, double *account,
                            bool (*ready)(const poe_part *part))
 {
@@ -313,7 +318,7 @@ static poe_status wait_for(poe_link *link, const poe_message *message, const cha
         return POE_PEER_LOST;
     if (ready(&link->part))
         return POE_OK;
-    poe_wait wait = {.peer = &link->peer, .account = account};
+    poe_wait wait = {.peer = &link->peer, .account = account, .channel = link->channel};
     snprintf(wait.text, sizeof(wait.text), "%sstep %" PRId64 ", micro-batch %" PRId32 " on link %s", what,
              message->step, message->micro, link->name);
     return poe_part_wait(&link->part, &wait, ready);
@@ -335,6 +340,9 @@ poe_status poe_link_send(poe_link *link, const poe_message *message)
         return POE_PEER_LOST;
     poe_frame *frame = &link->frames[slot_of(link, link->given)];
     *frame = (poe_frame){.type = POE_FRAME_DATA, .run = link->run, .message = *message};
+    const poe_comm_observer *o = &link->part.comm->observer;
+    if (o->sent)
+        o->sent(o->context, link->peer, link->channel, message);
     atomic_fetch_add(&link->given, 1);
     poe_comm_wake(link->part.comm);
     return POE_OK;
@@ -357,6 +365,9 @@ poe_status poe_link_receive(poe_link *link, const poe_message *expected, poe_mes
         return POE_PEER_LOST;
     }
     link->lent++;
+    const poe_comm_observer *o = &link->part.comm->observer;
+    if (o->received)
+        o->received(o->context, link->peer, link->channel, &link->frames[slot].message);
     if (got)
         *got = link->frames[slot].message;
     *payload = payload_of(link, slot);

@@ -49,7 +49,7 @@ static const char *mib(double bytes, char text[32])
     return text;
 }
 
-static void print_model(const poe_options *o, const poe_model *m)
+static void print_model(const poe_options *o, const poe_model *m, const poe_layout *l)
 {
     const poe_model_config *c = &m->config;
     printf("model     %d layers, %d channels, %d heads (%d key/value) of %zu, mlp %zu, window %s, %s\n", m->n_layers,
@@ -57,9 +57,9 @@ static void print_model(const poe_options *o, const poe_model *m)
            c->head == POE_HEAD_PER_STAGE ? "shared and per-stage heads" : "one shared head");
     printf("          vocabulary %d (padded to %zu), sequence %d, %.3f M parameters\n", c->vocab_size, m->vocab_padded,
            c->sequence_len, (double)poe_model_parameters(m) / 1e6);
-    printf("objective %s, alpha %g, %d stages, --sync %s, %d steps of %lld tokens (%d micro-batches of %d x %d)\n",
-           o->objective, c->alpha, c->n_stages, o->sync, o->num_iterations, (long long)o->total_batch_size,
-           poe_settings_micro_batches(o), o->device_batch_size, c->sequence_len);
+    printf("objective %s, alpha %g, %d stages, --schedule %s, --sync %s, %d steps of %lld tokens (%d micro-batches of "
+           "%d x %d)\n", o->objective, c->alpha, c->n_stages, poe_schedule_name(l->schedule), o->sync, o->num_iterations,
+           (long long)o->total_batch_size, l->micro_batches, o->device_batch_size, c->sequence_len);
 }
 
 static void print_stage(const poe_model *m, int k, const poe_run_memory *memory)
@@ -74,22 +74,28 @@ static void print_stage(const poe_model *m, int k, const poe_run_memory *memory)
 }
 
 /* `known`: the ranks' own figures; NULL: as these flags would have them, refused behind the table when too much. */
-static poe_status print_stages(const poe_options *o, const poe_model *m, int threads, const poe_run_memory *known)
+static poe_status print_stages(const poe_options *o, const poe_model *m, const poe_layout *l, int threads,
+                               const poe_run_memory *known)
 {
     poe_status refused = POE_OK;
     printf("\n stage  layers  parameters       weights  gradients  optimiser  activations  messages   scratch     total"
            "  recompute\n");
     for (int k = 0; k < m->config.n_stages; k++) {
         poe_run_memory memory;
-        poe_status status = known ? POE_OK : poe_run_size(o, m, k, threads, &memory);
+        poe_status status = known ? POE_OK : poe_run_size(o, m, l, k, threads, &memory);
         if (status != POE_OK)
             return status;
         print_stage(m, k, known ? &known[k] : &memory);
         if (!known && refused == POE_OK)
             refused = poe_run_check_memory(o, k, &memory);
     }
-    printf("shared          %8.3f M    (embedding, head, smear: a replica on every rank, in its numbers)\n\n",
-           (double)poe_model_stage_parameters(m, -1) / 1e6);
+    if (poe_layout_replicated(l))
+        printf("replicas: %d ranks with all of it\n", l->n_ranks);
+    double shared = (double)poe_model_stage_parameters(m, -1) / 1e6;
+    if (shared > 0)
+        printf("shared          %8.3f M    (%s: a replica on every rank, in its numbers)\n", shared,
+               m->config.objective == POE_OBJECTIVE_POE ? "embedding, head, smear" : "head");
+    putchar('\n');
     return refused;
 }
 
@@ -114,8 +120,10 @@ static void print_data(const poe_run *r)
 
 poe_status poe_report_start(const poe_options *o, const poe_model *m, int threads, const poe_run *r)
 {
+    poe_layout layout;
+    poe_layout_init(&layout, o, r ? r->size : poe_options_rank_count(o));
     printf("poe-pipe %s\n", POE_VERSION);
-    print_model(o, m);
+    print_model(o, m, &layout);
     if (r) {
         print_data(r);
         printf("ranks     %d over %s, %d on this host, %d thread%s each, kernels %s, OpenBLAS %s\n", r->size,
@@ -125,17 +133,17 @@ poe_status poe_report_start(const poe_options *o, const poe_model *m, int thread
             printf("dtype     bf16: %s\n", poe_bf16_engine(r->kernels));
         printf("output    %s\n", r->out);
     }
-    poe_status status = print_stages(o, m, threads, r ? r->memory : NULL);
+    poe_status status = print_stages(o, m, &layout, threads, r ? r->memory : NULL);
     fflush(stdout);
     return status;
 }
 
-double poe_report_loss(const poe_model *m, const double *stage_losses)
+double poe_report_loss(const poe_run *r, const double *stage_losses)
 {
-    int n = m->config.n_stages;
+    int n = poe_run_heads(r);
     double sum = 0;
     for (int k = 0; k < n; k++)
-        sum += stage_losses[k] / pow(n, 1 - m->config.alpha);
+        sum += stage_losses[k] / pow(n, 1 - r->model.config.alpha);
     return sum;
 }
 
@@ -224,8 +232,8 @@ void poe_progress_step(poe_progress *p, int64_t step, double loss, const double 
         format_time(p->step_seconds / (double)p->counted * (double)(n - step - 1), eta);
     int used = snprintf(line, sizeof(line), "step %05lld/%05d (%.2f%%) | loss: %.4f", (long long)step, n,
                         100.0 * (double)(step + 1) / n, loss);
-    if (r->size > 1)
-        used += append_losses(line + used, sizeof(line) - (size_t)used, stage_losses, r->size);
+    if (poe_run_heads(r) > 1)
+        used += append_losses(line + used, sizeof(line) - (size_t)used, stage_losses, poe_run_heads(r));
     snprintf(line + used, sizeof(line) - (size_t)used,
              " | lrm: %.2f | dt: %.0fms | tok/sec: %.0f | epoch: %u | total time: %s | eta: %s", lrm, dt * 1e3,
              (double)r->options->total_batch_size / dt, epoch, total, eta);
@@ -280,8 +288,18 @@ void poe_report_evaluation(const poe_options *o, const poe_evaluation *e, bool h
     fflush(stdout);
 }
 
+/* What a rank slept longest for. */
+typedef struct longest_wait {
+    poe_account account;
+    double seconds;
+    int channel, peer; /* of a receive */
+} longest_wait;
+
 typedef struct rank_facts {
-    poe_comm_stats stats;
+    poe_account_times times;
+    double fill;
+    longest_wait wait;
+    poe_comm_stats traffic;
     uint64_t arenas;      /* bytes */
     uint64_t peak;        /* bytes: resident, of the whole process */
 } rank_facts;
@@ -297,34 +315,103 @@ static double share(double part, double whole)
     return whole > 0 ? 100 * part / whole : 0;
 }
 
-static void print_ranks(const poe_run *r, const poe_training *t, const rank_facts *all)
+static longest_wait find_longest(const poe_accounts *a)
 {
-    bool processes = strcmp(poe_comm_transport(r->comm), "inproc") != 0;
-    printf("\n%.0f tokens/s over %.1f s of training\n", (double)t->tokens / t->seconds, t->seconds);
-    printf(" rank  waited for: activations  credits   shared sums    sent      overlapped   arenas     peak%s\n",
-           processes ? "" : " (all)");
-    for (int k = 0; k < r->size; k++) {
-        const poe_comm_stats *s = &all[k].stats;
-        char sent[32], arenas[32], peak[32], overlap[32] = "-";
-        if (s->transfer > 0)
-            snprintf(overlap, sizeof(overlap), "%.0f %%", share(s->transfer_busy, s->transfer));
-        printf("%5d             %8.1f %%   %6.1f %%   %8.1f %%   %9s %11s  %9s %9s\n", k,
-               share(s->receive_wait, t->seconds), share(s->credit_wait, t->seconds), share(s->shared_wait, t->seconds),
-               mib((double)s->bytes_sent, sent), overlap, mib((double)all[k].arenas, arenas),
-               mib((double)all[k].peak, peak));
-    }
-    if (r->size > 1)
-        printf("(overlapped: share of the time with a message under way in which the rank was computing)\n");
+    longest_wait longest = {.account = POE_ACCOUNT_CREDIT, .seconds = a->total.seconds[POE_ACCOUNT_CREDIT]};
+    if (a->total.seconds[POE_ACCOUNT_SHARED] > longest.seconds)
+        longest = (longest_wait){.account = POE_ACCOUNT_SHARED, .seconds = a->total.seconds[POE_ACCOUNT_SHARED]};
+    for (int c = 0; c < POE_ACCOUNT_CHANNELS; c++)
+        if (a->receive_wait[c] > longest.seconds)
+            longest = (longest_wait){
+                .account = POE_ACCOUNT_RECEIVE, .seconds = a->receive_wait[c], .channel = c, .peer = a->receive_peer[c]};
+    return longest;
 }
 
-poe_status poe_report_ranks(const poe_run *r, const poe_training *t)
+static void describe_wait(const rank_facts *facts, char text[96])
 {
-    rank_facts mine = {.stats = t->waits, .peak = peak_memory()}, all[POE_MAX_STAGES];
-    mine.arenas = poe_run_memory_total(&r->memory[r->rank]);
+    const longest_wait *wait = &facts->wait;
+    int used = snprintf(text, 96, "%.1f %% for ", share(wait->seconds, facts->times.wall));
+    if (wait->seconds == 0)
+        snprintf(text, 96, "-");
+    else if (wait->account == POE_ACCOUNT_RECEIVE)
+        snprintf(text + used, 96 - (size_t)used, "%s of rank %d", poe_channel_name((poe_channel)wait->channel), wait->peer);
+    else
+        snprintf(text + used, 96 - (size_t)used, wait->account == POE_ACCOUNT_SHARED ? "shared sums" : "room at the next rank");
+}
+
+static void print_times(const poe_run *r, const rank_facts *all)
+{
+    printf(" rank");
+    for (int i = 0; i < POE_ACCOUNT_COUNT; i++)
+        printf(" %10s", poe_account_name((poe_account)i));
+    printf("  longest wait\n");
+    for (int k = 0; k < r->size; k++) {
+        char wait[96];
+        describe_wait(&all[k], wait);
+        printf("%5d", k);
+        for (int i = 0; i < POE_ACCOUNT_COUNT; i++)
+            printf(" %8.1f %%", share(all[k].times.seconds[i], all[k].times.wall));
+        printf("  %s\n", wait);
+    }
+}
+
+/* Share of the steps' time, checkpoints and the first `fill` seconds left out, in which the rank was not busy. */
+static double idle(const rank_facts *facts, double fill)
+{
+    double time = facts->times.wall - facts->times.seconds[POE_ACCOUNT_CHECKPOINT] - fill;
+    return time > 0 ? 1 - poe_account_busy(&facts->times) / time : 0;
+}
+
+static void print_traffic(const poe_run *r, const rank_facts *all)
+{
+    bool processes = strcmp(poe_comm_transport(r->comm), "inproc") != 0;
+    printf(" rank     idle   fill      sent  overlapped     arenas       peak%s\n", processes ? "" : " (all)");
+    for (int k = 0; k < r->size; k++) {
+        const poe_comm_stats *s = &all[k].traffic;
+        char sent[32], arenas[32], peak[32], overlap[32] = "-", fill[32];
+        if (s->transfer > 0)
+            snprintf(overlap, sizeof(overlap), "%.0f %%", share(s->transfer_busy, s->transfer));
+        format_time(all[k].fill, fill);
+        printf("%5d %6.1f %% %6s %9s %11s  %9s  %9s\n", k, 100 * idle(&all[k], 0), fill, mib((double)s->bytes_sent, sent),
+               overlap, mib((double)all[k].arenas, arenas), mib((double)all[k].peak, peak));
+    }
+    if (r->size > 1)
+        printf("(idle: neither forward, backward nor optimizer; fill: until the first forward; overlapped: share of the\n"
+               "time with a message under way in which the rank was computing)\n");
+}
+
+/* The last line of the metrics. */
+static poe_status write_idle(poe_run *r, const rank_facts *all)
+{
+    json_t *whole = json_array(), *fill = json_array(), *after = json_array(), *accounts = json_array();
+    for (int k = 0; k < r->size; k++) {
+        json_array_append_new(whole, json_real(idle(&all[k], 0)));
+        json_array_append_new(fill, json_real(all[k].fill));
+        json_array_append_new(after, json_real(idle(&all[k], all[k].fill)));
+        json_array_append_new(accounts, poe_account_json(&all[k].times));
+    }
+    return poe_metrics_write(&r->metrics, json_pack("{s:o, s:o, s:o, s:o}", "idle", whole, "fill", fill,
+                                                    "idle_after_fill", after, "accounts", accounts));
+}
+
+poe_status poe_report_ranks(poe_run *r, const poe_training *t)
+{
+    rank_facts mine = {.times = r->accounts.total,
+                       .fill = poe_accounts_fill(&r->accounts),
+                       .wait = find_longest(&r->accounts),
+                       .traffic = t->traffic,
+                       .arenas = poe_run_memory_total(&r->memory[r->rank]),
+                       .peak = peak_memory()};
+    rank_facts all[POE_MAX_STAGES];
     poe_status status = poe_comm_gather(r->comm, &mine, all, sizeof(mine));
-    if (status == POE_OK && r->rank == 0 && t->tokens)
-        print_ranks(r, t, all);
-    return status;
+    if (status != POE_OK || !t->tokens)
+        return status;
+    if (r->rank == 0) {
+        printf("\n%.0f tokens/s over %.1f s of training\n", (double)t->tokens / t->seconds, t->seconds);
+        print_times(r, all);
+        print_traffic(r, all);
+    }
+    return poe_run_is_last(r) ? write_idle(r, all) : POE_OK;
 }
 
 /* `path` as one word of a shell command. */
@@ -375,7 +462,7 @@ void poe_report_files(const poe_run *r, const poe_training *t, bool interrupted)
 {
     char ranks[32] = "", run[4 * POE_PATH_MAX], checkpoint[4 * POE_PATH_MAX], path[POE_PATH_MAX], command[4 * POE_PATH_MAX];
     const char *pipe = quoted(program(path), command);
-    if (strcmp(poe_comm_transport(r->comm), "mpi") == 0)
+    if (strcmp(poe_comm_transport(r->comm), "inproc") != 0 || poe_layout_replicated(&r->layout))
         snprintf(ranks, sizeof(ranks), " --ranks %d", r->size);
     const char *out = quoted(r->out, run), *newest = quoted(t->checkpoint, checkpoint);
     printf("\n");

@@ -32,21 +32,23 @@ static poe_status take_slots(poe_shared_rule *r, size_t bytes)
     return status;
 }
 
-poe_status poe_shared_open(poe_shared_rule *r, poe_comm *comm, poe_stage *stage, const poe_model *model,
+poe_status poe_shared_open(poe_shared_rule *r, poe_comm *comm, poe_compute *compute, const poe_model *model,
                            const poe_optimizer_config *optimizer, const poe_shared_settings *settings, int64_t first)
 {
-    *r = (poe_shared_rule){.delay = settings->delay,
-                           .every = settings->every,
+    size_t floats = poe_stage_shared_table(compute->stage)->floats;
+    *r = (poe_shared_rule){.delay = floats ? settings->delay : 0,
+                           .every = floats ? settings->every : 0,
                            .n_steps = settings->n_steps,
-                           .stage = stage,
+                           .stage = compute->stage,
+                           .compute = compute,
                            .model = model,
                            .optimizer = optimizer,
-                           .floats = poe_stage_shared_table(stage)->floats,
+                           .floats = floats,
                            .oldest = first,
                            .next = first,
                            .arrived = first};
     poe_status status = take_slots(r, poe_shared_bytes(settings, r->floats));
-    if (status == POE_OK) {
+    if (status == POE_OK && floats) {
         poe_reduce_settings reduce = {.name = "shared gradients",
                                       .ranks = settings->ranks,
                                       .n_ranks = settings->n_ranks,
@@ -78,7 +80,7 @@ static void apply(poe_shared_rule *r, int64_t step, const float *sum)
 {
     poe_rates rates;
     poe_rates_at(r->model, r->optimizer, (int)step, &rates);
-    poe_stage_update_shared(r->stage, &rates, sum);
+    r->compute->ops->update_shared(r->compute, &rates, sum);
 }
 
 static poe_status wait_for(poe_shared_rule *r, int64_t step)
@@ -95,8 +97,8 @@ static void update_own(poe_shared_rule *r, int64_t step)
 {
     poe_rates rates;
     poe_rates_at(r->model, r->optimizer, (int)step, &rates);
-    poe_stage_update_own(r->stage, &rates);
-    poe_stage_clear_gradients(r->stage);
+    r->compute->ops->update_own(r->compute, &rates);
+    r->compute->ops->clear_gradients(r->compute);
 }
 
 static poe_status apply_oldest(poe_shared_rule *r)
@@ -118,7 +120,7 @@ static poe_status step_stale(poe_shared_rule *r, int64_t step)
     if (status != POE_OK)
         return status;
     update_own(r, step);
-    poe_stage_clear_shared_gradients(r->stage);
+    r->compute->ops->clear_shared_gradients(r->compute);
     return step - r->oldest == r->delay ? apply_oldest(r) : POE_OK;
 }
 
@@ -148,7 +150,7 @@ static poe_status step_exact(poe_shared_rule *r, int64_t step)
         update_own(r, step);
     poe_status status = sum_and_apply(r, step, poe_stage_shared_gradients(r->stage), 1, !own_first);
     if (status == POE_OK)
-        poe_stage_clear_shared_gradients(r->stage);
+        r->compute->ops->clear_shared_gradients(r->compute);
     return status;
 }
 
@@ -160,7 +162,7 @@ static poe_status step_every(poe_shared_rule *r, int64_t step)
         held[i] += gradients[i];
     r->held_steps++;
     update_own(r, step);
-    poe_stage_clear_shared_gradients(r->stage);
+    r->compute->ops->clear_shared_gradients(r->compute);
     if ((step + 1) % r->every != 0 && step + 1 != r->n_steps)
         return POE_OK;
     poe_status status = sum_and_apply(r, step, held, r->held_steps, false);
@@ -172,6 +174,10 @@ static poe_status step_every(poe_shared_rule *r, int64_t step)
 poe_status poe_shared_step(poe_shared_rule *r, int64_t step)
 {
     r->next = step + 1;
+    if (!r->floats) {
+        update_own(r, step);
+        return POE_OK;
+    }
     if (r->delay)
         return step_stale(r, step);
     return r->every ? step_every(r, step) : step_exact(r, step);

@@ -1,12 +1,14 @@
 /* SPDX-License-Identifier: MIT
  * The shared parameters' rule (--sync; spec 3): when the gradients of wte, lm_head and smear meet and when their
  * update is applied. exact: at once. stale:D: the sum of step s after the gradients of step s + D. every:N: one
- * update with the mean of N steps' gradients. Every rank holds a replica and applies the same updates. */
+ * update with the mean of N steps' gradients. Every rank holds a replica and applies the same updates. Where nothing is
+ * shared (bp) there is no sum, and a step updates the stage's own parameters alone. */
 #ifndef POE_PIPELINE_SHARED_H
 #define POE_PIPELINE_SHARED_H
 
 #include "comm/comm.h"
 #include "pipeline/checkpoint.h"
+#include "pipeline/compute.h"
 #include "src/arena.h"
 #include "stages/stage.h"
 
@@ -15,6 +17,7 @@ typedef struct poe_shared_rule {
     int every;       /* N; 0: not every:N */
     int n_steps;     /* of the run: the last one applies what is held */
     poe_stage *stage;
+    poe_compute *compute;
     poe_reduce *reduce;
     const poe_model *model;
     const poe_optimizer_config *optimizer;
@@ -38,7 +41,7 @@ typedef struct poe_shared_settings {
 size_t poe_shared_bytes(const poe_shared_settings *settings, size_t floats);
 
 /* All pointers are borrowed. The rule starts at step `first` with nothing pending; see poe_shared_restore(). */
-poe_status poe_shared_open(poe_shared_rule *rule, poe_comm *comm, poe_stage *stage, const poe_model *model,
+poe_status poe_shared_open(poe_shared_rule *rule, poe_comm *comm, poe_compute *compute, const poe_model *model,
                            const poe_optimizer_config *optimizer, const poe_shared_settings *settings, int64_t first);
 void poe_shared_close(poe_shared_rule *rule);
 

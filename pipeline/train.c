@@ -1,154 +1,21 @@
 /* SPDX-License-Identifier: MIT */
 #include "pipeline/train.h"
 
-#include <math.h>
-#include <stdio.h>
 #include <stdlib.h>
-#include <string.h>
-#include <unistd.h>
 
+#include "pipeline/micro_batches.h"
 #include "pipeline/report.h"
-#include "pipeline/settings.h"
-#include "src/clock.h"
-#include "src/crc32c.h"
+#include "pipeline/step_reports.h"
 #include "src/log.h"
 
 typedef struct trainer {
     poe_run *run;
     poe_training *training;
-    poe_progress progress; /* last rank */
-    int micro_batches;
-    double losses[POE_MAX_STAGES]; /* of the step; own and those of the stages before */
-    bool stop;                     /* after this step */
-    uint32_t epoch;
-    double mark;           /* when the time that is not yet counted began */
-    poe_comm_stats marked; /* and what had been waited by then */
+    poe_micro_batches batches;
+    poe_step_reports reports;
+    bool stop;             /* after this step */
+    poe_comm_stats marked; /* what had been sent before the step */
 } trainer;
-
-/* --- data ------------------------------------------------------------------------------------------------------------------- */
-
-/* Continues the running hash by a micro-batch's tokens: the same sequence of micro-batches gives the same value. */
-static uint64_t hash_batch(uint64_t hash, const poe_batch *batch)
-{
-    size_t bytes = batch->rows * batch->t * sizeof(int32_t);
-    uint32_t crc = poe_crc32c(poe_crc32c(0, batch->idx, bytes), batch->targets, bytes);
-    return (hash ^ crc) * 0x9E3779B97F4A7C15u + 1;
-}
-
-static poe_status read_batch(trainer *t, poe_batch *batch)
-{
-    poe_run *r = t->run;
-    size_t rows;
-    batch->idx = r->streams.own_tokens;
-    batch->targets = batch->idx + r->streams.rows * r->streams.t;
-    batch->h = NULL;
-    poe_status status = poe_feed_next(r->corpus.train, batch->idx, batch->targets, &rows);
-    if (status != POE_OK)
-        return status;
-    r->data_hash = batch->data_hash = hash_batch(r->data_hash, batch);
-    bool last = batch->micro == t->micro_batches - 1;
-    batch->flags = (uint32_t)poe_feed_epoch(r->corpus.train) << POE_EPOCH_SHIFT;
-    if (last && poe_comm_stop_wanted(r->comm))
-        batch->flags |= POE_FLAG_STOP;
-    return POE_OK;
-}
-
-static poe_status receive_batch(trainer *t, poe_batch *batch)
-{
-    poe_run *r = t->run;
-    poe_status status = poe_streams_receive_batch(&r->streams, batch);
-    if (status != POE_OK)
-        return status;
-    r->data_hash = hash_batch(r->data_hash, batch);
-    if (r->data_hash == batch->data_hash)
-        return POE_OK;
-    poe_error("step %lld, micro-batch %d from rank %d: its tokens are not the ones that follow those trained on so far "
-              "(running hash %016llx, expected %016llx)", (long long)batch->step, batch->micro, r->streams.source,
-              (unsigned long long)batch->data_hash, (unsigned long long)r->data_hash);
-    return POE_PEER_LOST;
-}
-
-/* --- one step ----------------------------------------------------------------------------------------------------------------- */
-
-/* What is not finite in one stage is soon not finite in the later ones. So each gives every stage before it the time to
- * speak and to end the job (mpiexec takes a second to pass it on); false: one of them has. */
-static bool speaks_first(const poe_run *r)
-{
-    sleep(2 * (unsigned)r->rank);
-    return !poe_comm_stop_wanted(r->comm);
-}
-
-static poe_status run_micro_batch(trainer *t, poe_batch *batch, double *loss)
-{
-    poe_run *r = t->run;
-    float *h_out;
-    poe_status status = r->streams.source < 0 ? read_batch(t, batch) : receive_batch(t, batch);
-    if (status == POE_OK)
-        status = poe_streams_output(&r->streams, batch, &h_out);
-    if (status != POE_OK)
-        return status;
-    poe_comm_doing(r->comm, "forward", batch->step, batch->micro);
-    poe_stage_forward(r->stage, batch->rows, batch->t, batch->idx, batch->h, h_out);
-    status = poe_streams_send_batch(&r->streams, batch);
-    if (status != POE_OK)
-        return status;
-    poe_comm_doing(r->comm, "loss and backward", batch->step, batch->micro);
-    status = poe_stage_backward(r->stage, batch->targets, t->micro_batches, loss);
-    if (status == POE_NUMERIC && speaks_first(r))
-        poe_error("step %lld: the loss of stage %d is %g (micro-batch %d); stopped before that stage's update",
-                  (long long)batch->step, r->rank, *loss, batch->micro);
-    poe_streams_release_batch(&r->streams);
-    return status;
-}
-
-static poe_status accumulate_step(trainer *t, int64_t step)
-{
-    poe_run *r = t->run;
-    double sum = 0;
-    for (int m = 0; m < t->micro_batches; m++) {
-        poe_batch batch = {.kind = POE_KIND_TRAIN, .step = step, .micro = m, .rows = r->streams.rows, .t = r->streams.t};
-        double loss;
-        poe_status status = run_micro_batch(t, &batch, &loss);
-        if (status != POE_OK)
-            return status;
-        sum += loss;
-        t->stop = batch.flags & POE_FLAG_STOP;
-        t->epoch = batch.flags >> POE_EPOCH_SHIFT;
-    }
-    t->losses[r->rank] = sum / t->micro_batches;
-    if (poe_stage_gradients_finite(r->stage))
-        return POE_OK;
-    if (speaks_first(r))
-        poe_error("step %lld: a gradient of stage %d is not finite; stopped before that stage's update", (long long)step,
-                  r->rank);
-    return POE_NUMERIC;
-}
-
-static poe_status write_step(trainer *t, int64_t step, double dt)
-{
-    poe_run *r = t->run;
-    poe_rates rates;
-    poe_rates_at(&r->model, &r->optimizer, (int)step, &rates);
-    json_t *stages = json_array();
-    for (int k = 0; k < r->size; k++)
-        json_array_append_new(stages, json_real(t->losses[k]));
-    double loss = poe_report_loss(&r->model, t->losses);
-    int64_t tokens = (step + 1) * r->options->total_batch_size;
-    poe_progress_step(&t->progress, step, loss, t->losses, rates.lrm, dt, t->epoch);
-    return poe_metrics_write(&r->metrics, json_pack("{s:I, s:f, s:o, s:f, s:I, s:f}", "step", (json_int_t)step, "loss", loss,
-                                                    "stage_loss", stages, "lrm", rates.lrm, "tokens", (json_int_t)tokens,
-                                                    "dt", dt));
-}
-
-/* The losses ride forward, and the last rank writes them down. */
-static poe_status report_step(trainer *t, int64_t step, double dt)
-{
-    poe_run *r = t->run;
-    poe_status status = poe_streams_receive_report(&r->streams, step, t->losses);
-    if (status == POE_OK)
-        status = poe_streams_send_report(&r->streams, step, t->losses);
-    return status == POE_OK && poe_run_is_last(r) ? write_step(t, step, dt) : status;
-}
 
 /* --- evaluation and checkpoints ---------------------------------------------------------------------------------------------- */
 
@@ -156,13 +23,14 @@ static poe_status evaluate(trainer *t, int64_t step)
 {
     poe_run *r = t->run;
     poe_evaluation *e = &t->training->evaluation;
+    poe_account_enter(&r->accounts, POE_ACCOUNT_OUTSIDE, step, -1);
     poe_status status = poe_evaluate(&r->evaluator, step, e);
     if (status != POE_OK)
         return status;
     t->training->evaluated = true;
     if (!poe_run_is_last(r))
         return POE_OK;
-    poe_progress_evaluation(&t->progress, step, e, r->corpus.has_tokenizer);
+    poe_progress_evaluation(&t->reports.progress, step, e, r->corpus.has_tokenizer);
     return poe_metrics_write(&r->metrics, poe_evaluation_json(e, step, r->corpus.has_tokenizer));
 }
 
@@ -178,7 +46,7 @@ static json_t *facts_of(const poe_run *r, int64_t step, const poe_pending *pendi
     poe_report_complete_config(r, config);
     json_t *facts = json_pack("{s:I, s:o, s:o, s:o, s:i, s:i, s:i, s:s, s:s}", "step", (json_int_t)step, "config", config,
                               "data_hash", hexadecimal(r->data_hash), "feed_hash",
-                              hexadecimal(r->corpus.train_hash), "stages", r->size, "pending_totals",
+                              hexadecimal(r->corpus.train_hash), "stages", r->n_stages, "pending_totals",
                               pending->n_totals, "held_steps", pending->held_steps, "kernels",
                               poe_kernels_name(r->kernels), "blas", poe_blas_kernels());
     json_object_set_new(facts, "feed", poe_feed_position(r->corpus.train));
@@ -193,12 +61,15 @@ static poe_status save(trainer *t, int64_t step)
     int64_t steps[POE_OPTION_DELAY];
     float *totals[POE_OPTION_DELAY];
     poe_pending pending = {.total_steps = steps, .totals = totals};
-    poe_comm_doing(r->comm, "checkpoint", step, 0);
+    poe_account_enter(&r->accounts, POE_ACCOUNT_CHECKPOINT, step, -1);
     poe_status status = poe_shared_pending(&r->shared, &pending);
     if (status != POE_OK)
         return status;
     json_t *facts = r->rank == 0 ? facts_of(r, step, &pending) : NULL;
-    status = poe_checkpoint_save(r->store, step, r->stage, r->rank, &pending, facts, t->training->checkpoint);
+    /* Replicas have the same to write: whoever leads does it. */
+    bool writes = !poe_layout_replicated(&r->layout) || poe_checkpoint_store_leads(r->store);
+    status = poe_checkpoint_save(r->store, step, r->stage, writes ? r->index : -1, &pending, facts,
+                                 t->training->checkpoint);
     json_decref(facts);
     return status;
 }
@@ -210,51 +81,74 @@ static bool due(int64_t done, int every)
 
 /* --- the run ------------------------------------------------------------------------------------------------------------------- */
 
-static void set_mark(trainer *t)
+/* What is sent from now on counts as training. */
+static void mark_traffic(trainer *t)
 {
-    t->mark = poe_now();
     poe_comm_get_stats(t->run->comm, &t->marked);
 }
 
-/* Seconds since the last mark, which count as training; sets the next one. */
-static double pass_mark(trainer *t)
+static void count_traffic(trainer *t)
 {
-    double before = t->mark;
-    poe_comm_stats from = t->marked, *waits = &t->training->waits;
-    set_mark(t);
-    waits->receive_wait += t->marked.receive_wait - from.receive_wait;
-    waits->credit_wait += t->marked.credit_wait - from.credit_wait;
-    waits->shared_wait += t->marked.shared_wait - from.shared_wait;
-    waits->transfer += t->marked.transfer - from.transfer;
-    waits->transfer_busy += t->marked.transfer_busy - from.transfer_busy;
-    waits->bytes_sent += t->marked.bytes_sent - from.bytes_sent;
-    t->training->seconds += t->mark - before;
-    return t->mark - before;
+    poe_comm_stats from = t->marked, *traffic = &t->training->traffic;
+    mark_traffic(t);
+    traffic->transfer += t->marked.transfer - from.transfer;
+    traffic->transfer_busy += t->marked.transfer_busy - from.transfer_busy;
+    traffic->bytes_sent += t->marked.bytes_sent - from.bytes_sent;
+}
+
+/* Ends the step's accounts and leaves its report to be passed on. */
+static void close_step(trainer *t, int64_t step)
+{
+    poe_step_report report = {.loss = t->batches.loss};
+    poe_accounts_close_step(&t->run->accounts, &report.times);
+    poe_step_reports_add(&t->reports, step, &report, t->batches.epoch);
+    t->training->seconds += poe_account_step_seconds(&report.times);
+    t->training->steps = step + 1;
+    t->training->tokens += t->run->options->total_batch_size;
+    count_traffic(t);
+}
+
+/* Replicas sum their gradients, and learn of the wish to stop that rank 0 has. */
+static poe_status sum_replicas(trainer *t, int64_t step)
+{
+    poe_run *r = t->run;
+    uint32_t flags = t->batches.stop ? POE_FLAG_STOP : 0;
+    poe_account_enter(&r->accounts, POE_ACCOUNT_SEND, step, -1);
+    poe_status status = poe_replicas_sum(&r->replicas, step, poe_stage_own_gradients(r->stage), &flags);
+    t->batches.stop = flags & POE_FLAG_STOP;
+    return status;
 }
 
 static poe_status train_step(trainer *t, int64_t step)
 {
-    poe_status status = accumulate_step(t, step);
+    poe_run *r = t->run;
+    poe_status status = poe_micro_batches_run(&t->batches, step);
+    if (status == POE_OK && poe_layout_replicated(&r->layout))
+        status = sum_replicas(t, step);
     if (status != POE_OK)
         return status;
-    poe_comm_doing(t->run->comm, "update", step, t->micro_batches);
-    status = poe_shared_step(&t->run->shared, step);
+    t->stop = t->batches.stop;
+    poe_account_enter(&r->accounts, POE_ACCOUNT_OPTIMIZER, step, -1);
+    status = poe_shared_step(&r->shared, step);
     if (status != POE_OK)
         return status;
-    t->training->steps = step + 1;
-    t->training->tokens += t->run->options->total_batch_size;
-    return report_step(t, step, pass_mark(t));
+    close_step(t, step);
+    return poe_step_reports_pass(&t->reports, poe_step_reports_full(&t->reports));
 }
 
-/* What is due between two steps; its time is not theirs. */
+/* What is due between two steps. */
 static poe_status rest_after(trainer *t, int64_t done)
 {
     const poe_options *o = t->run->options;
     bool evaluates = t->run->corpus.n_eval && due(done, o->eval_every);
-    poe_status status = evaluates ? evaluate(t, done) : POE_OK;
-    if (status == POE_OK && (t->stop || due(done, o->save_every)))
+    bool saves = t->stop || due(done, o->save_every);
+    poe_status status = evaluates || saves ? poe_step_reports_pass(&t->reports, true) : POE_OK;
+    if (status == POE_OK && evaluates)
+        status = evaluate(t, done);
+    if (status == POE_OK && saves)
         status = save(t, done);
-    set_mark(t);
+    poe_account_enter(&t->run->accounts, POE_ACCOUNT_OTHER, done, -1);
+    mark_traffic(t);
     return status;
 }
 
@@ -262,12 +156,15 @@ static poe_status run_step(trainer *t, int64_t step)
 {
     poe_status status = train_step(t, step);
     bool at_end = step + 1 == t->run->options->num_iterations;
-    return status == POE_OK && !at_end ? rest_after(t, step + 1) : status;
+    if (status != POE_OK)
+        return status;
+    return at_end ? poe_step_reports_pass(&t->reports, true) : rest_after(t, step + 1);
 }
 
 static poe_status finish(trainer *t)
 {
     poe_run *r = t->run;
+    poe_account_enter(&r->accounts, POE_ACCOUNT_OPTIMIZER, t->training->steps, -1);
     poe_status status = poe_shared_finish(&r->shared);
     if (status == POE_OK && r->corpus.n_eval)
         status = evaluate(t, t->training->steps);
@@ -276,20 +173,38 @@ static poe_status finish(trainer *t)
     return status;
 }
 
+static poe_status run_steps(trainer *t)
+{
+    poe_run *r = t->run;
+    poe_status status = POE_OK;
+    for (int64_t step = r->first_step; status == POE_OK && !t->stop && step < r->options->num_iterations; step++)
+        status = run_step(t, step);
+    bool interrupted = t->stop && t->training->steps < r->options->num_iterations;
+    if (status == POE_OK && !interrupted)
+        status = finish(t);
+    return status == POE_OK && interrupted ? POE_INTERRUPTED : status;
+}
+
 poe_status poe_train(poe_run *r, poe_training *training)
 {
     *training = (poe_training){.steps = r->first_step};
-    trainer t = {.run = r, .training = training, .micro_batches = poe_settings_micro_batches(r->options)};
+    trainer *t = calloc(1, sizeof(*t));
+    if (!t) {
+        poe_error("out of memory for the reports of %d steps", POE_STEP_REPORTS);
+        return POE_FAILED;
+    }
+    t->run = r;
+    t->training = training;
+    poe_step_reports_start(&t->reports, r);
+    poe_status status = poe_micro_batches_open(&t->batches, r, &t->reports);
+    mark_traffic(t);
+    poe_accounts_start(&r->accounts, r->comm);
+    if (status == POE_OK)
+        status = run_steps(t);
+    poe_accounts_stop(&r->accounts);
     if (poe_run_is_last(r))
-        poe_progress_start(&t.progress, r);
-    set_mark(&t);
-    poe_status status = POE_OK;
-    for (int64_t step = r->first_step; status == POE_OK && !t.stop && step < r->options->num_iterations; step++)
-        status = run_step(&t, step);
-    bool interrupted = t.stop && training->steps < r->options->num_iterations;
-    if (status == POE_OK && !interrupted)
-        status = finish(&t);
-    if (poe_run_is_last(r))
-        poe_progress_end(&t.progress);
-    return status == POE_OK && interrupted ? POE_INTERRUPTED : status;
+        poe_progress_end(&t->reports.progress);
+    poe_micro_batches_close(&t->batches);
+    free(t);
+    return status;
 }

@@ -9,8 +9,8 @@
 /* What a run leaves to report. */
 typedef struct poe_training {
     int64_t steps;      /* updates done in all */
-    double seconds;     /* of this process's steps */
-    poe_comm_stats waits; /* in these seconds; of the counters only bytes_sent */
+    double seconds;     /* of this process's steps: the accounts' wall without checkpoints */
+    poe_comm_stats traffic; /* in these steps: transfer, transfer_busy and bytes_sent alone */
     int64_t tokens;     /* trained on in these */
     bool evaluated;
     poe_evaluation evaluation; /* at the end; the same on every rank */

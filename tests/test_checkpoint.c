@@ -106,7 +106,7 @@ static void set_pending(rank_state *state, int n_totals, int held_steps)
 
 static void rank_init(rank_state *state)
 {
-    poe_stage_settings settings = {.stage = state->rank, .rows = 1, .training = true};
+    poe_stage_settings settings = {.stage = state->rank, .rows = 1, .slots = 1, .training = true};
     poe_backend_limits limits;
     poe_stage_limits(&model, &settings, &limits);
     CHECK_INT(poe_plain_create(&limits, &state->backend), POE_OK);

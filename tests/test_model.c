@@ -205,7 +205,6 @@ static void check_bad_input(void)
     REFUSED(stage_layers[1] = 0);
     REFUSED(stage_layers[1] = -3);
     REFUSED(stage_layers[1] = POE_MAX_LAYERS);
-    REFUSED(objective = POE_OBJECTIVE_BP);
     REFUSED(n_embd = 23);
     REFUSED(n_embd = 50);
     REFUSED(n_embd = 1 << 30);

@@ -145,14 +145,36 @@ static const poe_rates some_rates = {.lrm = 1,
 
 /* --- finite differences ----------------------------------------------------------------------------------------- */
 
-static double loss_of(stage_chain *chain, int k)
+static double loss_of_stage(stage_chain *chain, int k)
 {
     double loss;
     poe_stage *stage = chain->stages[k];
     poe_stage_parameters_changed(stage);
-    poe_stage_forward(stage, B, T, idx, k ? chain->h[k - 1] : NULL, NULL);
-    CHECK_INT(poe_stage_backward(stage, targets, 1, &loss), POE_OK);
+    chain_forward(chain, k, 0, B, T, idx);
+    CHECK_INT(poe_stage_backward(stage, 0, targets, 1, NULL, NULL, &loss), POE_OK);
     return loss;
+}
+
+/* What all gradients are of where they flow back (each loss has weight 1 here). Stage 0's replica of what is shared is
+ * the one that counts. */
+static double loss_of_all(stage_chain *chain)
+{
+    double losses[POE_MAX_STAGES] = {0}, sum = 0;
+    for (int k = 0; k < chain->n_stages; k++) {
+        if (k > 0)
+            memcpy(poe_stage_shared_values(chain->stages[k]), poe_stage_shared_values(chain->stages[0]),
+                   chain->shared_floats * sizeof(float));
+        poe_stage_parameters_changed(chain->stages[k]);
+    }
+    chain_run(chain, B, T, idx, targets, 1, losses);
+    for (int k = 0; k < chain->n_stages; k++)
+        sum += losses[k];
+    return sum;
+}
+
+static double loss_of(stage_chain *chain, int k)
+{
+    return chain_flows_back(chain) ? loss_of_all(chain) : loss_of_stage(chain, k);
 }
 
 /* Moves w along half its gradient and half a random direction and compares the change of the loss with the gradient's
@@ -196,40 +218,57 @@ static void check_direction(stage_chain *chain, int k, const poe_tensor *tensor,
     free(move);
 }
 
-static void check_table_gradients(stage_chain *chain, int k, bool shared, const float *own, const float *common)
+static float *copied(const float *from, size_t floats)
+{
+    float *copy = malloc((floats + 1) * sizeof(*copy));
+    chain_require(copy != NULL, "memory");
+    memcpy(copy, from, floats * sizeof(*copy));
+    return copy;
+}
+
+static void check_own_gradients(stage_chain *chain, int k)
 {
     poe_stage *stage = chain->stages[k];
-    const poe_tensor_table *table = shared ? poe_stage_shared_table(stage) : poe_stage_own_table(stage);
-    float *values = shared ? poe_stage_shared_values(stage) : poe_stage_own_values(stage);
-    for (size_t i = 0; i < table->count; i++) {
-        const poe_tensor *tensor = &table->rows[i];
-        const float *gradient = (shared ? common : own) + tensor->offset;
-        if (!shared && tensor->group == POE_GROUP_HEAD) /* one gradient for both heads */
-            gradient = common + poe_tensor_find(poe_stage_shared_table(stage), "lm_head.weight")->offset;
-        if (tensor->trained)
-            check_direction(chain, k, tensor, values + tensor->offset, gradient);
+    const poe_tensor_table *own = poe_stage_own_table(stage);
+    for (size_t i = 0; i < own->count; i++) {
+        if (!own->rows[i].trained)
+            continue;
+        chain_clear(chain);
+        loss_of(chain, k);
+        float *gradient = copied(chain_own_gradient(stage, i), own->rows[i].rows * own->rows[i].cols);
+        check_direction(chain, k, &own->rows[i], poe_stage_own_values(stage) + own->rows[i].offset, gradient);
+        free(gradient);
     }
 }
 
-/* For each stage: all its gradients are those of its own loss with its input held fixed. */
+/* `gradients`: laid out as the shared table. */
+static void check_shared_gradients(stage_chain *chain, int k, const float *gradients)
+{
+    const poe_tensor_table *table = poe_stage_shared_table(chain->stages[k]);
+    for (size_t i = 0; i < table->count; i++) {
+        size_t offset = table->rows[i].offset;
+        check_direction(chain, k, &table->rows[i], poe_stage_shared_values(chain->stages[k]) + offset, gradients + offset);
+    }
+}
+
+/* Under poe all gradients of a stage are those of its own loss with its input held fixed; otherwise those of the sum of
+ * all losses. */
 static void check_gradients(const poe_model *model)
 {
     stage_chain chain;
     open_random(&chain, model, true, &plain);
+    float *sum = calloc(chain.shared_floats + 1, sizeof(*sum));
+    chain_require(sum != NULL, "memory");
     chain_run(&chain, B, T, idx, NULL, 1, NULL);
     for (int k = 0; k < chain.n_stages; k++) {
-        poe_stage *stage = chain.stages[k];
-        size_t n_own = own_gradient_floats(stage), n_shared = poe_stage_shared_table(stage)->floats;
-        float *own = malloc(n_own * sizeof(*own)), *common = malloc(n_shared * sizeof(*common));
-        chain_require(own && common, "memory");
+        check_own_gradients(&chain, k);
+        chain_clear(&chain);
         loss_of(&chain, k);
-        memcpy(own, poe_stage_own_gradients(stage), n_own * sizeof(*own));
-        memcpy(common, poe_stage_shared_gradients(stage), n_shared * sizeof(*common));
-        check_table_gradients(&chain, k, false, own, common);
-        check_table_gradients(&chain, k, true, own, common);
-        free(own);
-        free(common);
+        chain_sum_shared(&chain, sum);
+        if (k == 0 || !chain_flows_back(&chain))
+            check_shared_gradients(&chain, k, sum);
     }
+    free(sum);
     chain_close(&chain);
 }
 
@@ -318,6 +357,46 @@ static void check_backends(void)
     check_step_on_backends(&model);
 }
 
+/* --- the same tensors in another partition ----------------------------------------------------------------------- */
+
+/* Where a one-stage model keeps a tensor, or its gradient, which stage `k` of another partition has as `row`. */
+static const float *find_tensor(poe_stage *one, const poe_tensor *wanted, bool gradient)
+{
+    for (int shared = 0; shared < 2; shared++) {
+        const poe_tensor_table *table = shared ? poe_stage_shared_table(one) : poe_stage_own_table(one);
+        const poe_tensor *found = poe_tensor_find(table, wanted->name);
+        if (!found)
+            continue;
+        size_t at = found->offset + wanted->first;
+        if (gradient)
+            return shared ? poe_stage_shared_gradients(one) + at
+                          : chain_own_gradient(one, (size_t)(found - table->rows)) + wanted->first;
+        return (shared ? poe_stage_shared_values(one) : poe_stage_own_values(one)) + at;
+    }
+    return NULL;
+}
+
+/* Values and gradients of all tensors of `parts`, whose stages share nothing, against those of a single stage. */
+static void check_same_tensors(stage_chain *one, stage_chain *parts)
+{
+    for (int k = 0; k < parts->n_stages; k++) {
+        poe_stage *stage = parts->stages[k];
+        const poe_tensor_table *own = poe_stage_own_table(stage);
+        CHECK_INT(poe_stage_shared_table(stage)->count, 0);
+        for (size_t i = 0; i < own->count; i++) {
+            const poe_tensor *tensor = &own->rows[i];
+            size_t n = tensor->rows * tensor->cols;
+            const float *gradient = find_tensor(one->stages[0], tensor, true);
+            const float *value = find_tensor(one->stages[0], tensor, false);
+            if (!gradient || !same_floats(chain_own_gradient(stage, i), gradient, n) ||
+                !same_floats(poe_stage_own_values(stage) + tensor->offset, value, n)) {
+                fprintf(stderr, "%s differs from that of a single stage\n", tensor->name);
+                check_failures++;
+            }
+        }
+    }
+}
+
 /* --- identities (spec 2) ---------------------------------------------------------------------------------------- */
 
 /* Losses and gradients of stages 0 and 1 with a third stage behind them, with another one, and with none. */
@@ -365,12 +444,11 @@ static void check_single_stage_is_bp(const chain_backend *kind)
     chain_run(&a, B, T, idx, targets, 1, &loss_a);
     chain_run(&b, B, T, idx, targets, 1, &loss_b);
     CHECK(loss_a == loss_b);
-    CHECK(same_gradients(a.stages[0], b.stages[0]));
+    check_same_tensors(&a, &b);
     chain_update_own(&a, &some_rates);
     chain_update_own(&b, &some_rates);
     chain_update_shared(&a, &some_rates, poe_stage_shared_gradients(a.stages[0]));
-    chain_update_shared(&b, &some_rates, poe_stage_shared_gradients(b.stages[0]));
-    CHECK(same_values(a.stages[0], b.stages[0]));
+    check_same_tensors(&a, &b);
     chain_close(&a);
     chain_close(&b);
 }
@@ -464,7 +542,7 @@ static void check_evaluation(const chain_backend *kind, bool bp)
     poe_stage_logits(train.stages[last], 0, B * T, a);
     poe_stage_logits(eval.stages[last], 0, B * T, b);
     CHECK(same_floats(a, b, B * T * V));
-    CHECK(same_floats(train.h[last], eval.h[last], B * T * C));
+    CHECK(same_floats(train.out[last][0].h, eval.out[last][0].h, B * T * C));
     for (int r = 0; r < B * T; r++) {
         double total = 0;
         for (int j = 0; j < V; j++)
@@ -506,7 +584,7 @@ static void check_recompute_of(const poe_model *model, const chain_backend *kind
             poe_stage_logits(b, 0, 7, z[1]);
             CHECK(losses[r][k] == losses[0][k]);
             CHECK(same_gradients(a, b));
-            CHECK(same_floats(chains[r].h[k], chains[0].h[k], B * T * C));
+            CHECK(same_floats(chains[r].out[k][0].h, chains[0].out[k][0].h, B * T * C));
             CHECK(same_floats(z[0], z[1], 7 * V));
         }
     }
@@ -518,7 +596,7 @@ static void check_recompute_memory(const poe_model *model)
 {
     uint64_t before = UINT64_MAX;
     for (int r = 0; r < POE_RECOMPUTE_COUNT; r++) {
-        poe_stage_settings settings = {.rows = B, .training = true, .recompute = (poe_recompute)r};
+        poe_stage_settings settings = {.rows = B, .slots = 1, .training = true, .recompute = (poe_recompute)r};
         poe_stage_memory size;
         CHECK_INT(poe_stage_size(model, &settings, &size), POE_OK);
         CHECK(size.activations < before);
@@ -557,8 +635,8 @@ static void check_not_finite(const chain_backend *kind)
     poe_stage_clear_gradients(stage);
     CHECK(poe_stage_gradients_finite(stage));
     poe_stage_own_values(stage)[7] = NAN;
-    poe_stage_forward(stage, B, T, idx, NULL, NULL);
-    CHECK_INT(poe_stage_backward(stage, targets, 1, &loss), POE_NUMERIC);
+    poe_stage_forward(stage, 0, B, T, idx, NULL, NULL);
+    CHECK_INT(poe_stage_backward(stage, 0, targets, 1, NULL, NULL, &loss), POE_NUMERIC);
     chain_close(&chain);
 }
 
@@ -649,7 +727,7 @@ static void check_memory(void)
     config.head = POE_HEAD_PER_STAGE;
     poe_model model = small_model(&config);
     poe_backend_limits limits;
-    poe_stage_settings settings = {.stage = 1, .rows = B, .training = true};
+    poe_stage_settings settings = {.stage = 1, .rows = B, .slots = 1, .training = true};
     poe_stage_limits(&model, &settings, &limits);
     chain_require(poe_plain_create(&limits, &counted_backend) == POE_OK, "a backend");
     counting_ops = *counted_backend->ops;

@@ -2,6 +2,7 @@
  * poe-pipe: reads the flags and hands over to what they ask for. */
 #include <signal.h>
 #include <stdio.h>
+#include <string.h>
 #include <sys/prctl.h>
 
 #include "comm/mpi/mpi.h"
@@ -51,7 +52,8 @@ static int run(int argc, char **argv, poe_command command, poe_options *options,
         return poe_exit_status(parsed);
     if (!train)
         return run_command(command, argv, options);
-    if (options->ranks > 0 && !options->dry_run)
+    bool threads = strcmp(options->transport, "inproc") == 0;
+    if (options->ranks > 0 && !options->dry_run && !threads)
         return launch(argc, argv, options);
     return poe_train_main(argc, argv, options, parsed);
 }

@@ -172,7 +172,7 @@ static void fill_normal(const poe_tensor_table *table, float *values)
 static void open_stages(bench *b, poe_backend_limits *limits)
 {
     for (int k = b->first; k < b->end; k++) {
-        poe_stage_settings stage = {.stage = k, .rows = (size_t)b->s->batch, .training = true};
+        poe_stage_settings stage = {.stage = k, .rows = (size_t)b->s->batch, .slots = 1, .training = true};
         poe_stage_limits(&b->model, &stage, limits);
         if (k == b->first)
             check(poe_cpu_create(poe_kernels_best(), b->s->threads, limits, &b->backend));
@@ -228,8 +228,9 @@ static void micro_batch(bench *b, poe_rng *rng)
     }
     for (int k = b->first; k < b->end; k++) {
         double loss;
-        poe_stage_forward(b->stages[k], (size_t)b->s->batch, t, b->idx, k ? b->h[(k + 1) % 2] : NULL, b->h[k % 2]);
-        check(poe_stage_backward(b->stages[k], b->targets, b->s->micro, &loss));
+        poe_stage_forward(b->stages[k], 0, (size_t)b->s->batch, t, b->idx,
+                          k ? &(poe_crossing){.h = b->h[(k + 1) % 2]} : NULL, &(poe_crossing){.h = b->h[k % 2]});
+        check(poe_stage_backward(b->stages[k], 0, b->targets, b->s->micro, NULL, NULL, &loss));
     }
 }
 

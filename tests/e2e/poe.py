@@ -215,12 +215,17 @@ def read_json(path):
         return json.load(file)
 
 
+def all_metrics(out):
+    with open(os.path.join(out, 'metrics.jsonl')) as file:
+        return [json.loads(line) for line in file]
+
+
 def metrics(out):
     """The lines of metrics.jsonl without their times."""
-    with open(os.path.join(out, 'metrics.jsonl')) as file:
-        lines = [json.loads(line) for line in file]
+    lines = [line for line in all_metrics(out) if 'idle' not in line]
     for line in lines:
         line.pop('dt', None)
+        line.pop('accounts', None)
     return lines
 
 

@@ -1,0 +1,36 @@
+/* SPDX-License-Identifier: MIT
+ * What a run asks of a stage while it trains, as a table: one row computes (stages/), the other sleeps for as long as
+ * --emulate-compute says and leaves zeros. All else of a run is the same under both. */
+#ifndef POE_PIPELINE_COMPUTE_H
+#define POE_PIPELINE_COMPUTE_H
+
+#include "pipeline/accounts.h"
+#include "stages/stage.h"
+
+typedef struct poe_compute poe_compute;
+
+/* As the functions of stages/stage.h of these names. */
+typedef struct poe_compute_ops {
+    void (*forward)(poe_compute *compute, int slot, size_t b, size_t t, const int32_t *idx, const poe_crossing *in,
+                    const poe_crossing *out);
+    poe_status (*backward)(poe_compute *compute, int slot, const int32_t *targets, int n_micro,
+                           const poe_crossing *d_out, const poe_crossing *d_in, double *loss);
+    poe_status (*backward_input)(poe_compute *compute, int slot, const int32_t *targets, int n_micro,
+                                 const poe_crossing *d_out, const poe_crossing *d_in, double *loss);
+    void (*backward_weight)(poe_compute *compute, int slot);
+    bool (*gradients_finite)(const poe_compute *compute);
+    void (*update_own)(poe_compute *compute, const poe_rates *rates);
+    void (*update_shared)(poe_compute *compute, const poe_rates *rates, const float *sum);
+    void (*clear_gradients)(poe_compute *compute);
+    void (*clear_shared_gradients)(poe_compute *compute);
+} poe_compute_ops;
+
+struct poe_compute {
+    const poe_compute_ops *ops;
+    poe_stage *stage; /* borrowed */
+};
+
+/* The row that computes. */
+void poe_compute_init(poe_compute *compute, poe_stage *stage);
+
+#endif
