@@ -36,9 +36,14 @@ static void update_own(poe_compute *c, const poe_rates *rates)
     poe_stage_update_own(c->stage, rates);
 }
 
-static void update_shared(poe_compute *c, const poe_rates *rates, const float *sum)
+static bool shared_part_finite(const poe_compute *c, poe_shared_part part)
 {
-    poe_stage_update_shared(c->stage, rates, sum);
+    return poe_stage_shared_part_finite(c->stage, part);
+}
+
+static void update_shared_part(poe_compute *c, poe_shared_part part, const poe_rates *rates, const float *sum)
+{
+    poe_stage_update_shared_part(c->stage, part, rates, sum);
 }
 
 static void clear_gradients(poe_compute *c)
@@ -46,9 +51,9 @@ static void clear_gradients(poe_compute *c)
     poe_stage_clear_gradients(c->stage);
 }
 
-static void clear_shared_gradients(poe_compute *c)
+static void clear_shared_part(poe_compute *c, poe_shared_part part)
 {
-    poe_stage_clear_shared_gradients(c->stage);
+    poe_stage_clear_shared_part(c->stage, part);
 }
 
 static const poe_compute_ops computing = {
@@ -58,9 +63,10 @@ static const poe_compute_ops computing = {
     .backward_weight = backward_weight,
     .gradients_finite = gradients_finite,
     .update_own = update_own,
-    .update_shared = update_shared,
+    .shared_part_finite = shared_part_finite,
+    .update_shared_part = update_shared_part,
     .clear_gradients = clear_gradients,
-    .clear_shared_gradients = clear_shared_gradients,
+    .clear_shared_part = clear_shared_part,
 };
 
 void poe_compute_init(poe_compute *c, poe_stage *stage)

@@ -27,10 +27,12 @@ const char *poe_channel_name(poe_channel channel)
     static const char *const names[] = {[POE_CHANNEL_BATCH] = "activations",
                                         [POE_CHANNEL_AGGREGATE] = "aggregates",
                                         [POE_CHANNEL_REPORT] = "reports",
-                                        [POE_CHANNEL_SHARED] = "shared gradients",
+                                        [POE_CHANNEL_SHARED] = "gradients of the embedding",
                                         [POE_CHANNEL_EXPORT] = "weights",
                                         [POE_CHANNEL_GRADIENT] = "gradients",
-                                        [POE_CHANNEL_REPLICAS] = "replicas' gradients"};
+                                        [POE_CHANNEL_REPLICAS] = "replicas' gradients",
+                                        [POE_CHANNEL_SHARED_HEAD] = "gradients of the head",
+                                        [POE_CHANNEL_SHARED_SMEAR] = "gradients of smear"};
     return names[channel];
 }
 

@@ -15,7 +15,7 @@
 #include "src/arena.h"
 #include "stages/stage.h"
 
-/* One per (direction, pair of ranks); the shared sum takes POE_CHANNEL_SHARED. */
+/* One per (direction, pair of ranks); the shared sums of wte, head and smear take POE_CHANNEL_SHARED and its kin. */
 typedef enum poe_channel {
     POE_CHANNEL_BATCH,
     POE_CHANNEL_AGGREGATE,
@@ -24,6 +24,8 @@ typedef enum poe_channel {
     POE_CHANNEL_EXPORT,
     POE_CHANNEL_GRADIENT,
     POE_CHANNEL_REPLICAS,
+    POE_CHANNEL_SHARED_HEAD,
+    POE_CHANNEL_SHARED_SMEAR,
 } poe_channel;
 
 const char *poe_channel_name(poe_channel channel); /* what it carries: "activations", ... */
