@@ -352,6 +352,7 @@ static poe_shared_settings shared_settings(const poe_options *o, const int *rank
                                  .n_steps = o->num_iterations,
                                  .ranks = ranks,
                                  .n_ranks = n_ranks,
+                                 .wire = poe_wire_parse(o->wire_shared),
                                  .sparse = true,
                                  .run = id};
 }
@@ -377,6 +378,7 @@ static poe_status open_streams(poe_run *r, size_t floats)
                                      .training = trains(r),
                                      .aggregate_floats = floats,
                                      .reports = r->options->sync_delay + 4, /* as many steps as ranks may be apart */
+                                     .wire = poe_wire_parse(r->options->wire),
                                      .run = r->id};
     poe_edges_chain(&r->edges, r->n_stages);
     return poe_streams_open(&r->streams, r->comm, &r->model, &settings);
@@ -481,7 +483,8 @@ static size_t message_bytes(const poe_options *o, const poe_model *model, const 
                                      .layout = layout,
                                      .stage = stage,
                                      .rows = (size_t)o->device_batch_size,
-                                     .training = true};
+                                     .training = true,
+                                     .wire = poe_wire_parse(o->wire)};
     return poe_streams_memory(model, &settings);
 }
 
