@@ -73,6 +73,15 @@ static void print_stage(const poe_model *m, int k, const poe_run_memory *memory)
            poe_recompute_name(memory->recompute));
 }
 
+static void print_shared(const poe_model *m, const poe_layout *l)
+{
+    static const char *const what[] = {[POE_OBJECTIVE_POE] = "embedding, head, smear: a replica on every rank, in its numbers",
+                                       [POE_OBJECTIVE_BP] = "nothing: each tensor is one rank's",
+                                       [POE_OBJECTIVE_HIERARCHICAL] = "head: a replica on every rank, in its numbers"};
+    printf("shared          %8.3f M    (%s)\n\n", (double)poe_model_stage_parameters(m, -1) / 1e6,
+           what[m->config.objective]);
+}
+
 /* `known`: the ranks' own figures; NULL: as these flags would have them, refused behind the table when too much. */
 static poe_status print_stages(const poe_options *o, const poe_model *m, const poe_layout *l, int threads,
                                const poe_run_memory *known)
@@ -89,13 +98,7 @@ static poe_status print_stages(const poe_options *o, const poe_model *m, const p
         if (!known && refused == POE_OK)
             refused = poe_run_check_memory(o, k, &memory);
     }
-    if (poe_layout_replicated(l))
-        printf("replicas: %d ranks with all of it\n", l->n_ranks);
-    double shared = (double)poe_model_stage_parameters(m, -1) / 1e6;
-    if (shared > 0)
-        printf("shared          %8.3f M    (%s: a replica on every rank, in its numbers)\n", shared,
-               m->config.objective == POE_OBJECTIVE_POE ? "embedding, head, smear" : "head");
-    putchar('\n');
+    print_shared(m, l);
     return refused;
 }
 
@@ -126,9 +129,9 @@ poe_status poe_report_start(const poe_options *o, const poe_model *m, int thread
     print_model(o, m, &layout);
     if (r) {
         print_data(r);
-        printf("ranks     %d over %s, %d on this host, %d thread%s each, kernels %s, OpenBLAS %s\n", r->size,
+        printf("ranks     %d over %s, %d on this host, %d thread%s each, kernels %s\n", r->size,
                poe_comm_transport(r->comm), poe_comm_host_ranks(r->comm), threads, threads == 1 ? "" : "s",
-               poe_kernels_name(r->kernels), poe_blas_kernels());
+               r->arithmetic);
         if (strcmp(o->dtype, "bf16") == 0)
             printf("dtype     bf16: %s\n", poe_bf16_engine(r->kernels));
         if (o->emulate_compute)

@@ -92,18 +92,19 @@ static poe_status agree_on_kernels(poe_run *r)
     if (status == POE_OK && wants_bf16(r->options))
         status = poe_bf16_check(r->kernels);
     status = poe_comm_agree(r->comm, status);
-    int32_t mine = (int32_t)r->kernels, all[POE_MAX_STAGES], least = mine;
+    char all[POE_MAX_STAGES][sizeof(r->arithmetic)];
+    snprintf(r->arithmetic, sizeof(r->arithmetic), "%s, products by %s (%s)", poe_kernels_name(r->kernels),
+             poe_blas_library(), poe_blas_kernels());
     if (status == POE_OK)
-        status = poe_comm_gather(r->comm, &mine, all, sizeof(mine));
+        status = poe_comm_gather(r->comm, r->arithmetic, all, sizeof(r->arithmetic));
     if (status != POE_OK)
         return status;
-    for (int k = 0; k < r->size; k++)
-        least = all[k] < least ? all[k] : least;
-    if (mine != least) {
-        poe_error("ranks chose different kernels: %s here, %s elsewhere; give all of them --kernels %s",
-                  poe_kernels_name(r->kernels), poe_kernels_name((poe_kernels)least), poe_kernels_name((poe_kernels)least));
-        status = POE_BAD_INPUT;
-    }
+    for (int k = 0; k < r->size && status == POE_OK; k++)
+        if (strcmp(all[k], r->arithmetic) != 0) {
+            poe_error("ranks chose different kernels: %s here, %s on rank %d; give all of them the same --kernels and "
+                      "the same build", r->arithmetic, all[k], k);
+            status = POE_BAD_INPUT;
+        }
     return poe_comm_agree(r->comm, status);
 }
 

@@ -161,8 +161,8 @@ static layer_kept take_kept(poe_stage *stage, const stage_slot *slot, int i, siz
     /* Without training the output of `mid` alone is read after the next layer's forward: the others share one. */
     int first_other = stage->mid == 0;
     bool own_x = stage->settings.training || i == first_other || i == stage->mid;
-    kept.x = own_x ? take(&stage->regions[ACTIVATIONS], n * (size_t)stage->model->config.n_embd)
-                   : slot->kept[first_other].x;
+    kept.x =
+        own_x ? take(&stage->regions[ACTIVATIONS], n * (size_t)stage->model->config.n_embd) : slot->kept[first_other].x;
     kept.u_attn = take_norm(stage, n);
     return kept;
 }
@@ -179,12 +179,8 @@ static layer_owed take_owed(poe_stage *stage, const layer_kept *kept, size_t n)
 
 static layer_owed owed_at_once(const poe_stage *stage)
 {
-    return (layer_owed){.mlp = stage->dx,
-                        .f = stage->wide,
-                        .attn = stage->dx,
-                        .q = stage->dq,
-                        .k = stage->dk,
-                        .v = stage->dv};
+    return (layer_owed){
+        .mlp = stage->dx, .f = stage->wide, .attn = stage->dx, .q = stage->dq, .k = stage->dk, .v = stage->dv};
 }
 
 static void lay_out_slot(poe_stage *stage, stage_slot *slot, size_t n)

@@ -35,7 +35,8 @@ static void mlp_proj_weights(poe_stage *stage, int i)
 {
     size_t c = (size_t)stage->model->config.n_embd, inner = stage->model->mlp_dim;
     /* cheaper to compute again than to keep */
-    stage->backend->ops->relu2_forward(stage->backend, stage->wide, stage->slot->kept[i].f, rows_at_hand(stage) * inner);
+    stage->backend->ops->relu2_forward(stage->backend, stage->wide, stage->slot->kept[i].f,
+                                       rows_at_hand(stage) * inner);
     product_dw(stage, stage->layers[i].g.mlp_proj, stage->slot->owed[i].mlp, stage->wide, inner, c);
 }
 
@@ -248,11 +249,8 @@ static void embed_backward(const pass *p)
 static poe_status backward(poe_stage *stage, int slot, const int32_t *targets, int n_micro, const poe_crossing *d_out,
                            const poe_crossing *d_in, bool split, double *loss)
 {
-    const poe_model *model = stage->model;
-    int before = stage->settings.stage - 1, after = stage->settings.stage == model->config.n_stages - 1 ? -1 : before + 1;
-    bool chained = model->config.objective != POE_OBJECTIVE_POE;
     assert(stage->settings.training && slot >= 0 && slot < stage->settings.slots && stage->slots[slot].idx);
-    assert(crossing_fits(model, chained ? after : -1, d_out) && crossing_fits(model, chained ? before : -1, d_in));
+    assert(gradients_fit(stage, d_out, d_in));
     stage->slot = &stage->slots[slot];
     pass p = begin_pass(stage, d_out, d_in, split);
     *loss = stage->has_head ? head_backward(&p, targets, n_micro) : 0;

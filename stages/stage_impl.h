@@ -79,7 +79,7 @@ struct poe_stage {
     stage_region regions[REGION_COUNT];
     tensor_set own, shared;
 
-    int n_layers, mid; /* mid: the layer whose output backout subtracts, -1: not here */
+    int n_layers, mid;                 /* mid: the layer whose output backout subtracts, -1: not here */
     bool has_wte, has_head, backs_out; /* backs_out: the last stage, under bp with backout */
     stage_layer *layers;
     model_tensors w, g;
@@ -119,6 +119,16 @@ static inline bool crossing_fits(const poe_model *model, int boundary, const poe
         return boundary < 0 && !crossing;
     return crossing->h && !crossing->x0 == !poe_model_crosses_x0(model, boundary) &&
            !crossing->mid == !poe_model_crosses_mid(model, boundary);
+}
+
+/* Whether what comes back and what is to go back are what crosses this stage's boundaries; under poe nothing does. */
+static inline bool gradients_fit(const poe_stage *stage, const poe_crossing *d_out, const poe_crossing *d_in)
+{
+    const poe_model *model = stage->model;
+    int k = stage->settings.stage, last = model->config.n_stages - 1;
+    if (model->config.objective == POE_OBJECTIVE_POE)
+        return !d_out && !d_in;
+    return crossing_fits(model, k - 1, d_in) && (k == last ? !d_out : crossing_fits(model, k, d_out));
 }
 
 /* The own head has no gradient of its own: it is the stage's part of lm_head's. It stands last in the table. */

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: MIT
- * All stages of a model in one thread, for test programs: what crosses a boundary is handed on and back, shared gradients
- * are summed in stage order. */
+ * All stages of a model in one thread, for test programs: what crosses a boundary is handed on and back, shared
+ * gradients are summed in stage order. */
 #ifndef POE_TESTS_STAGE_CHAIN_H
 #define POE_TESTS_STAGE_CHAIN_H
 
@@ -62,7 +62,8 @@ static inline void chain_open_stage(stage_chain *chain, int k, const poe_stage_s
     settings.stage = k;
     poe_stage_limits(chain->model, &settings, &limits);
     chain_require(chain->kind->create(&limits, &chain->backends[k]) == POE_OK, "a backend");
-    chain_require(poe_stage_create(chain->model, &settings, chain->backends[k], &chain->stages[k]) == POE_OK, "a stage");
+    chain_require(poe_stage_create(chain->model, &settings, chain->backends[k], &chain->stages[k]) == POE_OK,
+                  "a stage");
     chain->out[k] = calloc((size_t)chain->n_micro, sizeof(poe_crossing));
     chain->back[k] = calloc((size_t)chain->n_micro, sizeof(poe_crossing));
     chain_require(chain->out[k] && chain->back[k], "memory");

@@ -98,7 +98,7 @@ static inline void randomise_stage(poe_stage *stage, uint64_t seed)
 }
 
 static inline void open_random_recomputing(stage_chain *chain, const poe_model *model, bool training,
-                                    const chain_backend *kind, poe_recompute recompute)
+                                           const chain_backend *kind, poe_recompute recompute)
 {
     chain_open_recomputing(chain, model, B, training, kind, recompute);
     for (int k = 0; k < chain->n_stages; k++)

@@ -8,7 +8,6 @@
 #include "src/log.h"
 #include "tests/stage_small.h"
 
-
 /* --- finite differences ----------------------------------------------------------------------------------------- */
 
 static double loss_of_stage(stage_chain *chain, int k)
@@ -113,7 +112,8 @@ static void check_shared_gradients(stage_chain *chain, int k, const float *gradi
     const poe_tensor_table *table = poe_stage_shared_table(chain->stages[k]);
     for (size_t i = 0; i < table->count; i++) {
         size_t offset = table->rows[i].offset;
-        check_direction(chain, k, &table->rows[i], poe_stage_shared_values(chain->stages[k]) + offset, gradients + offset);
+        check_direction(chain, k, &table->rows[i], poe_stage_shared_values(chain->stages[k]) + offset,
+                        gradients + offset);
     }
 }
 

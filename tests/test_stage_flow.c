@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT
- * Gradients that cross stages, micro-batches under way at once, backward in two parts: whatever the partition, the order
- * of tasks, the number of slots and of threads, gradients, weights and losses are the same bit for bit, and a step
- * allocates nothing. */
+ * Gradients that cross stages, micro-batches under way at once, backward in two parts: whatever the partition, the
+ * order of tasks, the number of slots and of threads, gradients, weights and losses are the same bit for bit, and a
+ * step allocates nothing. */
 #include "src/log.h"
 #include "tests/stage_small.h"
 
@@ -199,10 +199,11 @@ static void check_partition(const poe_model_config *config, int n_stages, const 
     chain_close(&eval);
 }
 
-/* L = 5 has backout's layer 2 on each side of a boundary, between two, alone; L = 2 and 4 have it as a stage's first. */
+/* With L = 5 backout's layer 2 is on each side of a boundary, alone between two, and on a stage in the middle; with 2
+ * and 4 it is the last stage's first. */
 static void check_partitions(const chain_backend *kind)
 {
-    static const int partitions[][LAYERS_MAX + 1] = {{2, 1, 1},    {2, 2, 2},    {2, 2, 3},       {2, 3, 2},
+    static const int partitions[][LAYERS_MAX + 1] = {{2, 1, 1},    {2, 2, 2},    {2, 2, 3},    {2, 3, 2},
                                                      {3, 2, 1, 2}, {3, 1, 2, 2}, {3, 1, 1, 2}, {5, 1, 1, 1, 1, 1}};
     for (size_t i = 0; i < sizeof(partitions) / sizeof(*partitions); i++) {
         poe_model_config config = small_config(1, (int[]){1});
@@ -240,7 +241,8 @@ static int slots_of(const arrangement *a, int n_stages)
     return a->fills ? MICRO : n_stages;
 }
 
-static void open_arrangement(stage_chain *chain, const poe_model *model, const arrangement *a, const chain_backend *kind)
+static void open_arrangement(stage_chain *chain, const poe_model *model, const arrangement *a,
+                             const chain_backend *kind)
 {
     poe_stage_settings like = {.rows = B,
                                .slots = slots_of(a, model->config.n_stages),

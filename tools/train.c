@@ -31,9 +31,9 @@ static void describe_changes(const poe_run *r)
     if (before != o->num_iterations)
         printf("--num-iterations %d instead of %lld: learning rates, momentum and weight decay follow the new length from "
                "here on\n", o->num_iterations, (long long)before);
-    if (kernels && strcmp(kernels, poe_kernels_name(r->kernels)) != 0)
-        printf("kernels %s instead of %s: the numbers go on within rounding, not bit for bit (--kernels %s forces the old "
-               "ones)\n", poe_kernels_name(r->kernels), kernels, kernels);
+    if (kernels && strcmp(kernels, r->arithmetic) != 0)
+        printf("kernels %s instead of %s: the numbers go on within rounding, not bit for bit (see --kernels)\n",
+               r->arithmetic, kernels);
 }
 
 /* Who reads the data goes on where the run has stopped. */
