@@ -1,6 +1,14 @@
 /* SPDX-License-Identifier: MIT */
 #include "pipeline/compute.h"
 
+#include <math.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/prctl.h>
+#include <time.h>
+
+#include "src/clock.h"
+
 /* --- the row that computes ---------------------------------------------------------------------------------------------------- */
 
 static void forward(poe_compute *c, int slot, size_t b, size_t t, const int32_t *idx, const poe_crossing *in,
@@ -72,4 +80,137 @@ static const poe_compute_ops computing = {
 void poe_compute_init(poe_compute *c, poe_stage *stage)
 {
     *c = (poe_compute){.ops = &computing, .stage = stage};
+}
+
+/* --- the row that sleeps ------------------------------------------------------------------------------------------------------ */
+
+static void sleep_until(double deadline)
+{
+    double whole = floor(deadline);
+    struct timespec t = {.tv_sec = (time_t)whole, .tv_nsec = (long)((deadline - whole) * 1e9)};
+    while (clock_nanosleep(CLOCK_MONOTONIC, TIMER_ABSTIME, &t, NULL) != 0)
+        ;
+}
+
+/* Until `which` is over that began at `start`. */
+static void emulate(poe_compute *c, poe_emulated which, double start)
+{
+    double nominal = c->seconds[which], jitter = c->seconds[POE_EMULATED_JITTER];
+    if (nominal == 0)
+        return;
+    double deadline = start + nominal + (jitter > 0 ? jitter * (2 * poe_rng_uniform(&c->rng) - 1) : 0);
+    sleep_until(deadline);
+    poe_accounts *a = c->accounts;
+    poe_account_enter_at(a, POE_ACCOUNT_OTHER, a->step, a->micro, deadline);
+}
+
+/* (n) floats of each of the crossing's members. */
+static void put_zeros(const poe_crossing *crossing, size_t n)
+{
+    float *const members[] = {crossing ? crossing->h : NULL, crossing ? crossing->x0 : NULL, crossing ? crossing->mid : NULL};
+    for (int i = 0; i < 3; i++)
+        if (members[i])
+            memset(members[i], 0, n * sizeof(float));
+}
+
+static void emulated_forward(poe_compute *c, int slot, size_t b, size_t t, const int32_t *idx, const poe_crossing *in,
+                             const poe_crossing *out)
+{
+    (void)slot, (void)idx, (void)in;
+    double start = poe_now();
+    c->floats = b * t * c->channels;
+    put_zeros(out, c->floats);
+    emulate(c, POE_EMULATED_FORWARD, start);
+}
+
+static void emulate_backward(poe_compute *c, poe_emulated which, const poe_crossing *d_in, double *loss)
+{
+    double start = poe_now();
+    put_zeros(d_in, c->floats);
+    *loss = 0;
+    emulate(c, which, start);
+}
+
+static poe_status emulated_backward(poe_compute *c, int slot, const int32_t *targets, int n_micro,
+                                    const poe_crossing *d_out, const poe_crossing *d_in, double *loss)
+{
+    (void)slot, (void)targets, (void)n_micro, (void)d_out;
+    emulate_backward(c, POE_EMULATED_BACKWARD, d_in, loss);
+    return POE_OK;
+}
+
+static poe_status emulated_backward_input(poe_compute *c, int slot, const int32_t *targets, int n_micro,
+                                          const poe_crossing *d_out, const poe_crossing *d_in, double *loss)
+{
+    (void)slot, (void)targets, (void)n_micro, (void)d_out;
+    emulate_backward(c, POE_EMULATED_BACKWARD_INPUT, d_in, loss);
+    return POE_OK;
+}
+
+static void emulated_backward_weight(poe_compute *c, int slot)
+{
+    (void)slot;
+    emulate(c, POE_EMULATED_BACKWARD_WEIGHT, poe_now());
+}
+
+static bool emulated_gradients_finite(const poe_compute *c)
+{
+    (void)c;
+    return true;
+}
+
+static void emulated_update_own(poe_compute *c, const poe_rates *rates)
+{
+    (void)rates;
+    emulate(c, POE_EMULATED_OPTIMIZER, poe_now());
+    poe_account_enter(c->accounts, POE_ACCOUNT_OPTIMIZER, c->accounts->step, c->accounts->micro);
+}
+
+static bool emulated_part_finite(const poe_compute *c, poe_shared_part part)
+{
+    (void)c, (void)part;
+    return true;
+}
+
+static void emulated_update_part(poe_compute *c, poe_shared_part part, const poe_rates *rates, const float *sum)
+{
+    (void)c, (void)part, (void)rates, (void)sum;
+}
+
+/* Nothing was ever added to them. */
+static void emulated_clear(poe_compute *c)
+{
+    (void)c;
+}
+
+static void emulated_clear_part(poe_compute *c, poe_shared_part part)
+{
+    (void)c, (void)part;
+}
+
+static const poe_compute_ops emulating = {
+    .forward = emulated_forward,
+    .backward = emulated_backward,
+    .backward_input = emulated_backward_input,
+    .backward_weight = emulated_backward_weight,
+    .gradients_finite = emulated_gradients_finite,
+    .update_own = emulated_update_own,
+    .shared_part_finite = emulated_part_finite,
+    .update_shared_part = emulated_update_part,
+    .clear_gradients = emulated_clear,
+    .clear_shared_part = emulated_clear_part,
+};
+
+void poe_compute_emulate(poe_compute *c, poe_stage *stage, poe_accounts *accounts,
+                         const double seconds[POE_EMULATED_COUNT], int64_t seed, int rank)
+{
+    char stream[32];
+    *c = (poe_compute){.ops = &emulating,
+                       .stage = stage,
+                       .accounts = accounts,
+                       .channels = (size_t)poe_stage_model(stage)->config.n_embd};
+    memcpy(c->seconds, seconds, sizeof(c->seconds));
+    snprintf(stream, sizeof(stream), "emulated rank %d", rank);
+    poe_rng_init(&c->rng, (uint64_t)seed, stream);
+    prctl(PR_SET_TIMERSLACK, 1UL); /* of this thread: the rank's */
 }

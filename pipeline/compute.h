@@ -5,6 +5,8 @@
 #define POE_PIPELINE_COMPUTE_H
 
 #include "pipeline/accounts.h"
+#include "src/emulation.h"
+#include "src/rng.h"
 #include "stages/stage.h"
 
 typedef struct poe_compute poe_compute;
@@ -29,9 +31,20 @@ typedef struct poe_compute_ops {
 struct poe_compute {
     const poe_compute_ops *ops;
     poe_stage *stage; /* borrowed */
+    /* of the emulated row: */
+    poe_accounts *accounts;
+    double seconds[POE_EMULATED_COUNT];
+    size_t channels, floats; /* C; b t C of the last forward */
+    poe_rng rng;     /* of the jitter */
 };
 
 /* The row that computes. */
 void poe_compute_init(poe_compute *compute, poe_stage *stage);
+
+/* The row that sleeps `seconds` (see src/emulation.h) to absolute deadlines, counted from the moment of the call, and puts
+ * zeros where results would be. The account at hand gets the time that was asked for; what waking took longer is
+ * POE_ACCOUNT_OTHER. The jitter of a rank depends on `seed`, `rank` and the order of its calls alone. */
+void poe_compute_emulate(poe_compute *compute, poe_stage *stage, poe_accounts *accounts,
+                         const double seconds[POE_EMULATED_COUNT], int64_t seed, int rank);
 
 #endif

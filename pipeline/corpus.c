@@ -175,7 +175,7 @@ static poe_status open_feeds(poe_corpus *c, const poe_options *o, bool evaluatio
         status = poe_feed_open(&train, &c->train);
     if (status == POE_OK && c->train)
         c->train_hash = poe_feed_hash(c->train);
-    if (status != POE_OK || (!o->val_data.count && !holds_out(o)))
+    if (status != POE_OK || o->emulate_compute || (!o->val_data.count && !holds_out(o)))
         return status;
     poe_feed_settings eval = feed_settings(c, o, o->val_data.count ? &o->val_data : &o->data);
     eval.once = true;

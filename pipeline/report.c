@@ -73,6 +73,15 @@ static void print_stage(const poe_model *m, int k, const poe_run_memory *memory)
            poe_recompute_name(memory->recompute));
 }
 
+static void print_shared(const poe_model *m, const poe_layout *l)
+{
+    static const char *const what[] = {[POE_OBJECTIVE_POE] = "embedding, head, smear: a replica on every rank, in its numbers",
+                                       [POE_OBJECTIVE_BP] = "nothing: each tensor is one rank's",
+                                       [POE_OBJECTIVE_HIERARCHICAL] = "head: a replica on every rank, in its numbers"};
+    printf("shared          %8.3f M    (%s)\n\n", (double)poe_model_stage_parameters(m, -1) / 1e6,
+           what[m->config.objective]);
+}
+
 /* `known`: the ranks' own figures; NULL: as these flags would have them, refused behind the table when too much. */
 static poe_status print_stages(const poe_options *o, const poe_model *m, const poe_layout *l, int threads,
                                const poe_run_memory *known)
@@ -89,13 +98,7 @@ static poe_status print_stages(const poe_options *o, const poe_model *m, const p
         if (!known && refused == POE_OK)
             refused = poe_run_check_memory(o, k, &memory);
     }
-    if (poe_layout_replicated(l))
-        printf("replicas: %d ranks with all of it\n", l->n_ranks);
-    double shared = (double)poe_model_stage_parameters(m, -1) / 1e6;
-    if (shared > 0)
-        printf("shared          %8.3f M    (%s: a replica on every rank, in its numbers)\n", shared,
-               m->config.objective == POE_OBJECTIVE_POE ? "embedding, head, smear" : "head");
-    putchar('\n');
+    print_shared(m, l);
     return refused;
 }
 
@@ -126,11 +129,13 @@ poe_status poe_report_start(const poe_options *o, const poe_model *m, int thread
     print_model(o, m, &layout);
     if (r) {
         print_data(r);
-        printf("ranks     %d over %s, %d on this host, %d thread%s each, kernels %s, OpenBLAS %s\n", r->size,
+        printf("ranks     %d over %s, %d on this host, %d thread%s each, kernels %s\n", r->size,
                poe_comm_transport(r->comm), poe_comm_host_ranks(r->comm), threads, threads == 1 ? "" : "s",
-               poe_kernels_name(r->kernels), poe_blas_kernels());
+               r->arithmetic);
         if (strcmp(o->dtype, "bf16") == 0)
             printf("dtype     bf16: %s\n", poe_bf16_engine(r->kernels));
+        if (o->emulate_compute)
+            printf("emulated  compute: every stage sleeps %s; nothing is learnt, evaluated or saved\n", o->emulate_compute);
         printf("output    %s\n", r->out);
     }
     poe_status status = print_stages(o, m, &layout, threads, r ? r->memory : NULL);
@@ -194,12 +199,14 @@ static void show_line(poe_progress *p, const char *line, bool last)
     fflush(stdout);
 }
 
-static int append_losses(char *text, size_t room, const double *losses, int n)
+static int append_losses(char *text, size_t room, double loss, const double *losses, int n, double lrm)
 {
-    int used = snprintf(text, room, " (");
-    for (int k = 0; k < n && k < SHOWN_LOSSES; k++)
-        used += snprintf(text + used, room - (size_t)used, "%s%.3f", k ? " " : "", losses[k]);
-    return used + snprintf(text + used, room - (size_t)used, "%s)", n > SHOWN_LOSSES ? " ..." : "");
+    int used = snprintf(text, room, "loss: %.4f", loss);
+    for (int k = 0; n > 1 && k < n && k < SHOWN_LOSSES; k++)
+        used += snprintf(text + used, room - (size_t)used, "%s%.3f", k ? " " : " (", losses[k]);
+    if (n > 1)
+        used += snprintf(text + used, room - (size_t)used, "%s)", n > SHOWN_LOSSES ? " ..." : "");
+    return used + snprintf(text + used, room - (size_t)used, " | lrm: %.2f", lrm);
 }
 
 static void format_time(double seconds, char text[32])
@@ -230,12 +237,13 @@ void poe_progress_step(poe_progress *p, int64_t step, double loss, const double 
     format_time(now - p->started, total);
     if (p->counted)
         format_time(p->step_seconds / (double)p->counted * (double)(n - step - 1), eta);
-    int used = snprintf(line, sizeof(line), "step %05lld/%05d (%.2f%%) | loss: %.4f", (long long)step, n,
-                        100.0 * (double)(step + 1) / n, loss);
-    if (poe_run_heads(r) > 1)
-        used += append_losses(line + used, sizeof(line) - (size_t)used, stage_losses, poe_run_heads(r));
+    int used = snprintf(line, sizeof(line), "step %05lld/%05d (%.2f%%) | ", (long long)step, n, 100.0 * (double)(step + 1) / n);
+    if (r->options->emulate_compute)
+        used += snprintf(line + used, sizeof(line) - (size_t)used, "compute emulated");
+    else
+        used += append_losses(line + used, sizeof(line) - (size_t)used, loss, stage_losses, poe_run_heads(r), lrm);
     snprintf(line + used, sizeof(line) - (size_t)used,
-             " | lrm: %.2f | dt: %.0fms | tok/sec: %.0f | epoch: %u | total time: %s | eta: %s", lrm, dt * 1e3,
+             " | dt: %.0fms | tok/sec: %.0f | epoch: %u | total time: %s | eta: %s", dt * 1e3,
              (double)r->options->total_batch_size / dt, epoch, total, eta);
     show_line(p, line, last);
 }
@@ -390,8 +398,11 @@ static poe_status write_idle(poe_run *r, const rank_facts *all)
         json_array_append_new(after, json_real(idle(&all[k], all[k].fill)));
         json_array_append_new(accounts, poe_account_json(&all[k].times));
     }
-    return poe_metrics_write(&r->metrics, json_pack("{s:o, s:o, s:o, s:o}", "idle", whole, "fill", fill,
-                                                    "idle_after_fill", after, "accounts", accounts));
+    json_t *object = json_pack("{s:o, s:o, s:o, s:o}", "idle", whole, "fill", fill, "idle_after_fill", after, "accounts",
+                               accounts);
+    if (r->options->emulate_compute)
+        json_object_set_new(object, "emulated", json_string("compute"));
+    return poe_metrics_write(&r->metrics, object);
 }
 
 poe_status poe_report_ranks(poe_run *r, const poe_training *t)
@@ -407,7 +418,8 @@ poe_status poe_report_ranks(poe_run *r, const poe_training *t)
     if (status != POE_OK || !t->tokens)
         return status;
     if (r->rank == 0) {
-        printf("\n%.0f tokens/s over %.1f s of training\n", (double)t->tokens / t->seconds, t->seconds);
+        printf("\n%.0f tokens/s over %.1f s of training%s\n", (double)t->tokens / t->seconds, t->seconds,
+               r->options->emulate_compute ? ", emulated compute" : "");
         print_times(r, all);
         print_traffic(r, all);
     }
@@ -469,6 +481,10 @@ void poe_report_files(const poe_run *r, const poe_training *t, bool interrupted)
     if (t->checkpoint[0])
         printf("checkpoint  %s (%.3f M parameters)\n", t->checkpoint, (double)poe_model_parameters(&r->model) / 1e6);
     printf("metrics     %s/metrics.jsonl\n", r->out);
+    if (r->options->emulate_compute) {
+        fflush(stdout);
+        return;
+    }
     if (!interrupted)
         printf("picture     %s/loss.png\n", r->out);
     if (interrupted)

@@ -92,18 +92,19 @@ static poe_status agree_on_kernels(poe_run *r)
     if (status == POE_OK && wants_bf16(r->options))
         status = poe_bf16_check(r->kernels);
     status = poe_comm_agree(r->comm, status);
-    int32_t mine = (int32_t)r->kernels, all[POE_MAX_STAGES], least = mine;
+    char all[POE_MAX_STAGES][sizeof(r->arithmetic)];
+    snprintf(r->arithmetic, sizeof(r->arithmetic), "%s, products by %s (%s)", poe_kernels_name(r->kernels),
+             poe_blas_library(), poe_blas_kernels());
     if (status == POE_OK)
-        status = poe_comm_gather(r->comm, &mine, all, sizeof(mine));
+        status = poe_comm_gather(r->comm, r->arithmetic, all, sizeof(r->arithmetic));
     if (status != POE_OK)
         return status;
-    for (int k = 0; k < r->size; k++)
-        least = all[k] < least ? all[k] : least;
-    if (mine != least) {
-        poe_error("ranks chose different kernels: %s here, %s elsewhere; give all of them --kernels %s",
-                  poe_kernels_name(r->kernels), poe_kernels_name((poe_kernels)least), poe_kernels_name((poe_kernels)least));
-        status = POE_BAD_INPUT;
-    }
+    for (int k = 0; k < r->size && status == POE_OK; k++)
+        if (strcmp(all[k], r->arithmetic) != 0) {
+            poe_error("ranks chose different kernels: %s here, %s on rank %d; give all of them the same --kernels and "
+                      "the same build", r->arithmetic, all[k], k);
+            status = POE_BAD_INPUT;
+        }
     return poe_comm_agree(r->comm, status);
 }
 
@@ -274,6 +275,15 @@ static poe_status agree_on_memory(poe_run *r)
     return status == POE_OK ? poe_comm_gather(r->comm, &mine, r->memory, sizeof(mine)) : status;
 }
 
+static poe_status emulate_compute(poe_run *r)
+{
+    poe_emulation emulation;
+    poe_status status = poe_emulation_parse(r->options->emulate_compute, r->options->stages.count, &emulation);
+    if (status == POE_OK)
+        poe_compute_emulate(&r->compute, r->stage, &r->accounts, emulation.seconds[r->index], r->options->seed, r->rank);
+    return status;
+}
+
 static poe_status create_stage(poe_run *r)
 {
     poe_stage_settings settings =
@@ -285,7 +295,10 @@ static poe_status create_stage(poe_run *r)
     poe_status status = poe_cpu_create(r->kernels, r->threads, &limits, &r->backend);
     if (status == POE_OK)
         status = poe_stage_create(&r->model, &settings, r->backend, &r->stage);
-    poe_compute_init(&r->compute, r->stage);
+    if (status == POE_OK && r->options->emulate_compute)
+        status = emulate_compute(r);
+    else
+        poe_compute_init(&r->compute, r->stage);
     return status;
 }
 
@@ -353,7 +366,7 @@ static poe_shared_settings shared_settings(const poe_options *o, const int *rank
                                  .ranks = ranks,
                                  .n_ranks = n_ranks,
                                  .wire = poe_wire_parse(o->wire_shared),
-                                 .sparse = true,
+                                 .sparse = !o->emulate_compute, /* its gradients are all zero, and a real run's are not */
                                  .run = id};
 }
 

@@ -53,6 +53,7 @@ typedef struct poe_run {
     uint64_t data_hash;           /* running hash of the tokens trained on */
 
     poe_kernels kernels;
+    char arithmetic[64];          /* what rounding depends on: "avx512, products by oneDNN (AVX-512)" */
     int threads;
     poe_run_memory memory[POE_MAX_STAGES]; /* of every rank of a training run */
     poe_corpus corpus;

@@ -47,10 +47,15 @@ static poe_status write_step(poe_step_reports *s, int64_t step, const poe_step_r
     double loss = poe_report_loss(r, losses);
     int64_t tokens = (step + 1) * r->options->total_batch_size;
     poe_progress_step(&s->progress, step, loss, losses, rates.lrm, dt, s->own[step % POE_STEP_REPORTS].epoch);
-    return poe_metrics_write(&r->metrics,
-                             json_pack("{s:I, s:f, s:o, s:f, s:I, s:f, s:o}", "step", (json_int_t)step, "loss", loss,
-                                       "stage_loss", stages, "lrm", rates.lrm, "tokens", (json_int_t)tokens, "dt", dt,
-                                       "accounts", accounts));
+    json_t *object = r->options->emulate_compute
+                         ? json_pack("{s:I, s:s}", "step", (json_int_t)step, "emulated", "compute")
+                         : json_pack("{s:I, s:f, s:O, s:f}", "step", (json_int_t)step, "loss", loss, "stage_loss", stages,
+                                     "lrm", rates.lrm);
+    json_decref(stages);
+    json_object_set_new(object, "tokens", json_integer((json_int_t)tokens));
+    json_object_set_new(object, "dt", json_real(dt));
+    json_object_set_new(object, "accounts", accounts);
+    return poe_metrics_write(&r->metrics, object);
 }
 
 static poe_status pass(poe_step_reports *s, int64_t step)

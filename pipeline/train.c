@@ -44,11 +44,11 @@ static json_t *facts_of(const poe_run *r, int64_t step, const poe_pending *pendi
 {
     json_t *config = poe_options_json(r->options);
     poe_report_complete_config(r, config);
-    json_t *facts = json_pack("{s:I, s:o, s:o, s:o, s:i, s:i, s:i, s:s, s:s}", "step", (json_int_t)step, "config", config,
+    json_t *facts = json_pack("{s:I, s:o, s:o, s:o, s:i, s:i, s:i, s:s}", "step", (json_int_t)step, "config", config,
                               "data_hash", hexadecimal(r->data_hash), "feed_hash",
                               hexadecimal(r->corpus.train_hash), "stages", r->n_stages, "pending_totals",
                               pending->n_totals, "held_steps", pending->held_steps, "kernels",
-                              poe_kernels_name(r->kernels), "blas", poe_blas_kernels());
+                              r->arithmetic);
     json_object_set_new(facts, "feed", poe_feed_position(r->corpus.train));
     if (r->corpus.tokenizer)
         json_object_set_new(facts, "tokenizer_hash", hexadecimal(poe_tokenizer_hash(r->corpus.tokenizer)));
@@ -126,7 +126,8 @@ static bool evaluates_after(const trainer *t, int64_t done)
 
 static bool saves_after(const trainer *t, int64_t done)
 {
-    return t->stop || due(done, t->run->options->save_every);
+    const poe_options *o = t->run->options;
+    return !o->emulate_compute && (t->stop || due(done, o->save_every));
 }
 
 /* Where the next step does not follow at once, this one lasts until its sums are there. */
@@ -185,7 +186,7 @@ static poe_status finish(trainer *t)
     poe_status status = poe_shared_finish(&r->shared);
     if (status == POE_OK && r->corpus.n_eval)
         status = evaluate(t, t->training->steps);
-    if (status == POE_OK && t->training->steps > r->first_step)
+    if (status == POE_OK && t->training->steps > r->first_step && !r->options->emulate_compute)
         status = save(t, t->training->steps);
     return status;
 }

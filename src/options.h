@@ -79,6 +79,9 @@ typedef struct poe_options {
     int64_t memory_limit;            /* bytes of a rank; 0: none. JSON: also texts, "4GiB" */
     char kernels[POE_OPTION_TEXT]; /* auto | generic | avx2 | avx512 */
     bool dry_run;
+    /* measuring */
+    char *trace;           /* owned; NULL: none */
+    char *emulate_compute; /* owned; NULL: compute; else poe_emulation_parse() takes it */
     /* generation (poe-pipe generate) and other subcommands */
     char *checkpoint, *prompt; /* owned; inspect: checkpoint is its PATH */
     int max_tokens;

@@ -4,6 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "src/emulation.h"
 #include "src/log.h"
 #include "src/options_table.h"
 
@@ -154,6 +155,27 @@ static const char *conflict(const poe_options *options)
     return NULL;
 }
 
+/* Nothing is learnt, so there is nothing to keep, to go on with or to evaluate. */
+static poe_status check_emulation(const poe_options *options)
+{
+    const struct {
+        bool wanted;
+        const char *name;
+    } needs_weights[] = {{options->export_path, "export"},     {options->resume, "resume"},
+                         {options->init_from, "init-from"},    {options->eval_only, "eval-only"},
+                         {options->eval_every, "eval-every"},  {options->save_every, "save-every"}};
+    if (!options->emulate_compute)
+        return POE_OK;
+    for (int i = 0; i < 6; i++) {
+        if (!needs_weights[i].wanted)
+            continue;
+        poe_error("--emulate-compute computes nothing, and --%s needs weights; give one of them", needs_weights[i].name);
+        return POE_BAD_INPUT;
+    }
+    poe_emulation emulation;
+    return poe_emulation_parse(options->emulate_compute, options->stages.count, &emulation);
+}
+
 static poe_status check_train(poe_options *options)
 {
     const char *sentence = conflict(options);
@@ -174,7 +196,7 @@ static poe_status check_train(poe_options *options)
         status = check_batch(options);
     if (status == POE_OK)
         status = check_ranks(options);
-    return status;
+    return status == POE_OK ? check_emulation(options) : status;
 }
 
 static const char *missing(const poe_options *options, poe_command command)

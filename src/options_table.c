@@ -68,7 +68,7 @@ const poe_option poe_option_table[] = {
     WORD("size", size, NULL, "tiny|286m|897m|1.3b|3b", TRAIN, FIXED,
          "preset of the sizes below; what is given beside it wins"),
     {"stages", "L,L,...", GROUP, POE_OPTION_TYPE_STAGES, FIELD(stages), "16,6,5,5", 0, 0, NULL, TRAIN, FIXED,
-     "layers of every stage; one rank per stage"},
+     "layers of every stage, LxN for N alike; one rank per stage"},
     WORD("head", head, "sh", "sh|ps", TRAIN, FIXED, "one head shared by all stages, or with one more per stage"),
     WORD("objective", objective, "poe", "poe|bp|hierarchical", TRAIN, FIXED,
          "local losses, backpropagation with one loss, or a loss per stage whose gradient goes all the way back"),
@@ -153,6 +153,12 @@ const poe_option poe_option_table[] = {
     WORD("kernels", kernels, "auto", "auto|generic|avx2|avx512", TRAIN | GENERATE, CHANGEABLE,
          "instructions to compute with"),
     BOOL("dry-run", dry_run, TRAIN, CALL, "show model and memory per rank, and stop"),
+#undef GROUP
+#define GROUP "Measuring"
+    PATH("trace", "FILE", trace, TRAIN, CALL, "write what every rank did when, for ui.perfetto.dev"),
+    PATH("emulate-compute", "TIMES", emulate_compute, TRAIN, FIXED,
+         "sleep instead of computing: forward=20ms,backward=40ms[,backward-input=,backward-weight=,optimizer=,jitter=], "
+         "for all stages or as STAGE:...;STAGE:..."),
 #undef GROUP
 #define GROUP "What to do"
     PATH("checkpoint", "DIR", checkpoint, GENERATE | INSPECT | EXPORT, CALL,

@@ -185,24 +185,35 @@ static poe_status add_file(poe_options *options, const poe_option *option, const
     return status;
 }
 
+/* "4", or "4x8": eight times four. */
+static bool read_repeated(char *text, long long *value, long long *times)
+{
+    char *by = strchr(text, 'x');
+    *times = 1;
+    if (by)
+        *by = '\0';
+    return read_integer(text, value) && (!by || read_integer(by + 1, times));
+}
+
 static poe_status set_stages(poe_options *options, const poe_option *option, const char *text, const char *where)
 {
     poe_stage_list list = {0};
-    const char *rule = "whole numbers of at least 1, separated by commas";
-    long long value, total = 0;
+    const char *rule = "whole numbers of at least 1, separated by commas; LxN means N times L";
+    long long value, times, total = 0;
     for (const char *part = text;; part++) {
-        char number[16] = "";
+        char number[32] = "";
         size_t length = strcspn(part, ",");
         if (length < sizeof(number))
             memcpy(number, part, length);
-        if (!read_integer(number, &value) || value < 1)
+        if (!read_repeated(number, &value, &times) || value < 1 || times < 1)
             return refuse(where, text, rule);
-        if (list.count == POE_OPTION_STAGES)
+        if (times > POE_OPTION_STAGES - list.count)
             return refuse(where, text, "at most 128 stages");
-        total += value;
-        if (total > POE_OPTION_LAYERS)
+        if (value > (POE_OPTION_LAYERS - total) / times)
             return refuse(where, text, "at most 1024 layers in all stages together");
-        list.layers[list.count++] = (int)value;
+        total += value * times;
+        for (; times > 0; times--)
+            list.layers[list.count++] = (int)value;
         part += length;
         if (!*part)
             break;

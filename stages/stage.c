@@ -158,25 +158,29 @@ static layer_kept take_block(poe_stage *stage, size_t n)
 static layer_kept take_kept(poe_stage *stage, const stage_slot *slot, int i, size_t n)
 {
     layer_kept kept = keeps_blocks(stage) ? take_block(stage, n) : stage->block;
-    /* Without training the output of `mid` alone is read after the next layer's forward. */
-    bool own_x = stage->settings.training || i == 0 || i == stage->mid;
-    kept.x = own_x ? take(&stage->regions[ACTIVATIONS], n * (size_t)stage->model->config.n_embd) : slot->kept[0].x;
+    /* Without training the output of `mid` alone is read after the next layer's forward: the others share one. */
+    int first_other = stage->mid == 0;
+    bool own_x = stage->settings.training || i == first_other || i == stage->mid;
+    kept.x =
+        own_x ? take(&stage->regions[ACTIVATIONS], n * (size_t)stage->model->config.n_embd) : slot->kept[first_other].x;
     kept.u_attn = take_norm(stage, n);
     return kept;
 }
 
-/* Nobody reads a layer's output any more when the gradient that has come to it is owed. */
+/* Nobody reads a layer's output any more when the gradient that has come to it is owed, nor q, k, v when theirs are. */
 static layer_owed take_owed(poe_stage *stage, const layer_kept *kept, size_t n)
 {
     stage_region *region = &stage->regions[ACTIVATIONS];
-    size_t c = (size_t)stage->model->config.n_embd, kv = stage->model->kv_dim;
-    layer_owed owed = {.mlp = kept->x};
+    layer_owed owed = {.mlp = kept->x, .q = kept->q, .k = kept->k, .v = kept->v};
     owed.f = take(region, n * stage->model->mlp_dim);
-    owed.attn = take(region, n * c);
-    owed.q = take(region, n * c);
-    owed.k = take(region, n * kv);
-    owed.v = take(region, n * kv);
+    owed.attn = take(region, n * (size_t)stage->model->config.n_embd);
     return owed;
+}
+
+static layer_owed owed_at_once(const poe_stage *stage)
+{
+    return (layer_owed){
+        .mlp = stage->dx, .f = stage->wide, .attn = stage->dx, .q = stage->dq, .k = stage->dk, .v = stage->dv};
 }
 
 static void lay_out_slot(poe_stage *stage, stage_slot *slot, size_t n)
@@ -195,7 +199,10 @@ static void lay_out_slot(poe_stage *stage, stage_slot *slot, size_t n)
     }
     for (int i = 0; i < stage->n_layers; i++) {
         slot->kept[i] = take_kept(stage, slot, i, n);
-        slot->owed[i] = stage->settings.split ? take_owed(stage, &slot->kept[i], n) : stage->owed;
+        if (stage->settings.split)
+            slot->owed[i] = take_owed(stage, &slot->kept[i], n);
+        else
+            slot->owed[i] = owed_at_once(stage);
     }
 }
 
@@ -210,12 +217,9 @@ static void lay_out_backward(poe_stage *stage, size_t n)
         stage->dx0 = take(region, n * c);
     if (stage->backs_out && stage->mid >= 0)
         stage->dmid = take(region, n * c);
-    if (stage->settings.split)
-        return;
-    stage->owed = (layer_owed){.mlp = stage->dx, .f = stage->wide, .attn = stage->dx};
-    stage->owed.q = take(region, n * c);
-    stage->owed.k = take(region, n * kv);
-    stage->owed.v = take(region, n * kv);
+    stage->dq = take(region, n * c);
+    stage->dk = take(region, n * kv);
+    stage->dv = take(region, n * kv);
 }
 
 static void lay_out_activations(poe_stage *stage)
@@ -293,16 +297,16 @@ static poe_status prepare_records(poe_stage *stage, int first)
     size_t layers = (size_t)stage->n_layers, slots = (size_t)stage->settings.slots;
     stage->layers = calloc(layers, sizeof(*stage->layers));
     stage->slots = calloc(slots, sizeof(*stage->slots));
-    stage->kept = calloc(slots * layers, sizeof(*stage->kept));
+    stage->all_kept = calloc(slots * layers, sizeof(*stage->all_kept));
     stage->all_owed = calloc(slots * layers, sizeof(*stage->all_owed));
-    if (!stage->layers || !stage->slots || !stage->kept || !stage->all_owed) {
+    if (!stage->layers || !stage->slots || !stage->all_kept || !stage->all_owed) {
         poe_error("out of memory for stage %d", stage->settings.stage);
         return POE_FAILED;
     }
     for (size_t i = 0; i < layers; i++)
         stage->layers[i].shape = &stage->model->layers[(size_t)first + i];
     for (size_t m = 0; m < slots; m++) {
-        stage->slots[m].kept = stage->kept + m * layers;
+        stage->slots[m].kept = stage->all_kept + m * layers;
         stage->slots[m].owed = stage->all_owed + m * layers;
     }
     stage->slot = stage->slots;
@@ -432,7 +436,7 @@ void poe_stage_destroy(poe_stage *stage)
     finish_set(&stage->shared);
     free(stage->layers);
     free(stage->slots);
-    free(stage->kept);
+    free(stage->all_kept);
     free(stage->all_owed);
     free(stage);
 }

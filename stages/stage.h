@@ -34,14 +34,15 @@ typedef struct poe_stage_settings {
 } poe_stage_settings;
 
 /* What crosses the boundary between two stages, (b,t,C) each, or its gradients. Under poe h alone. Where gradients flow
- * back, x0 rides with it (wte and smear live on stage 0 alone: poe_model_crosses_x0()), and with backout, from the stage
- * that has layer L/2 on, that layer's output mid (poe_model_crosses_mid()). NULL: does not cross. */
+ * back, x0 rides with it (wte and smear live on stage 0 alone: poe_model_crosses_x0()), and with backout, from the
+ * stage that has layer L/2 on, that layer's output mid (poe_model_crosses_mid()). NULL: does not cross. */
 typedef struct poe_crossing {
     float *h, *x0, *mid;
 } poe_crossing;
 
 /* Bytes of each arena, computed without allocating any (for the start-up table and --dry-run). The backend's scratch
- * is its own (poe_cpu_scratch_bytes() with poe_stage_limits()). POE_BAD_INPUT: said, settings that exclude each other. */
+ * is its own (poe_cpu_scratch_bytes() with poe_stage_limits()). POE_BAD_INPUT: said, settings that exclude each
+ * other. */
 typedef struct poe_stage_memory {
     uint64_t parameters, gradients, optimizer, activations;
 } poe_stage_memory;
@@ -81,20 +82,20 @@ void poe_stage_parameters_changed(poe_stage *stage);
 void poe_stage_forward(poe_stage *stage, int slot, size_t b, size_t t, const int32_t *idx, const poe_crossing *in,
                        const poe_crossing *out);
 
-/* Once after the slot's forward: the loss against targets (b,t) (negative: ignored) and the backward pass; gradients of
- * loss * stage weight / n_micro are added to those of the step. Slots must come in the order of their micro-batches: then
- * the bits are those of one slot, and under bp and hierarchical those of one process. Stage weight: 1 / K^(1 - alpha);
- * 1 for bp. d_out: gradients of what crosses to the next stage, from there; d_in: written, gradients of what crosses from
- * the previous one. Under poe, where none cross, both are NULL; else d_out is on the last stage, and d_in on stage 0.
- * *loss: mean nats over targets >= 0, unweighted; 0 without a head. POE_NUMERIC when it is NaN or Inf (not said: the
- * caller knows the step); the gradients are then of no use. */
+/* Once after the slot's forward: the loss against targets (b,t) (negative: ignored; not read without a head) and the
+ * backward pass; gradients of loss * stage weight / n_micro are added to those of the step. Slots must come in the order
+ * of their micro-batches: then the bits are those of one slot, and under bp those of one stage. Stage weight:
+ * 1 / K^(1 - alpha); 1 for bp. d_out: gradients of what crosses to the next stage, from there; NULL on the last stage.
+ * d_in: written, gradients of what crosses from the previous stage; NULL on stage 0. Under poe, where no gradient
+ * crosses, both are NULL. *loss: mean nats over targets >= 0, unweighted; 0 without a head. POE_NUMERIC when it is NaN
+ * or Inf (not said: the caller knows the step); the gradients are then of no use. */
 poe_status poe_stage_backward(poe_stage *stage, int slot, const int32_t *targets, int n_micro,
                               const poe_crossing *d_out, const poe_crossing *d_in, double *loss);
 
 /* The same in two parts, with settings.split: first everything that the previous stage waits for, with the gradients
  * that come with it (head, value embeddings, wte, vectors); then, at any later time, in the order of micro-batches and
- * before the slot's next forward, the products that give the gradients of the layers' matrices. Nothing borrowed is read
- * by the second. Together the same bits as poe_stage_backward(). */
+ * before the slot's next forward, the products that give the gradients of the layers' matrices. Nothing borrowed is
+ * read by the second. Together the same bits as poe_stage_backward(). */
 poe_status poe_stage_backward_input(poe_stage *stage, int slot, const int32_t *targets, int n_micro,
                                     const poe_crossing *d_out, const poe_crossing *d_in, double *loss);
 void poe_stage_backward_weight(poe_stage *stage, int slot);
@@ -141,8 +142,8 @@ int64_t *poe_stage_own_updates(poe_stage *stage);
 int64_t *poe_stage_shared_updates(poe_stage *stage);
 
 /* Logits of this stage, which has a head, for the rows first..first+n-1 of the last forward (rows counted over b*t),
- * softcap applied: z (n,V). n <= poe_stage_logit_rows(), which keeps z within 8 MiB or one row. Not after an update: only after a
- * forward with the parameters as they are. */
+ * softcap applied: z (n,V). n <= poe_stage_logit_rows(), which keeps z within 8 MiB or one row. Not after an update:
+ * only after a forward with the parameters as they are. */
 size_t poe_stage_logit_rows(const poe_stage *stage);
 void poe_stage_logits(poe_stage *stage, size_t first, size_t n, float *z);
 

@@ -35,7 +35,8 @@ static void mlp_proj_weights(poe_stage *stage, int i)
 {
     size_t c = (size_t)stage->model->config.n_embd, inner = stage->model->mlp_dim;
     /* cheaper to compute again than to keep */
-    stage->backend->ops->relu2_forward(stage->backend, stage->wide, stage->slot->kept[i].f, rows_at_hand(stage) * inner);
+    stage->backend->ops->relu2_forward(stage->backend, stage->wide, stage->slot->kept[i].f,
+                                       rows_at_hand(stage) * inner);
     product_dw(stage, stage->layers[i].g.mlp_proj, stage->slot->owed[i].mlp, stage->wide, inner, c);
 }
 
@@ -64,12 +65,11 @@ static void qkv_weights(poe_stage *stage, int i)
 
 /* --- layers ------------------------------------------------------------------------------------------------------ */
 
-/* stage->dx as it is now, where it is owed: a whole pass uses it at once, where it is. */
-static void owe_dx(poe_stage *stage, float *owed)
+/* A gradient (N,width) as it is now, where it is owed: a whole pass uses it at once, where it is. */
+static void owe(poe_stage *stage, float *owed, const float *gradient, size_t width)
 {
-    if (owed != stage->dx)
-        stage->backend->ops->copy(stage->backend, owed, stage->dx,
-                                  rows_at_hand(stage) * (size_t)stage->model->config.n_embd);
+    if (owed != gradient)
+        stage->backend->ops->copy(stage->backend, owed, gradient, rows_at_hand(stage) * width);
 }
 
 static void mlp_backward(const pass *p, int i)
@@ -81,7 +81,7 @@ static void mlp_backward(const pass *p, int i)
     const layer_tensors *w = &stage->layers[i].w;
     size_t n = rows_at_hand(stage), c = (size_t)stage->model->config.n_embd, inner = stage->model->mlp_dim;
     float *df = stage->slot->owed[i].f;
-    owe_dx(stage, stage->slot->owed[i].mlp);
+    owe(stage, stage->slot->owed[i].mlp, stage->dx, c);
     if (!p->split)
         mlp_proj_weights(stage, i);
     product_dx(stage, df, stage->dx, w->mlp_proj, inner, c, false);
@@ -103,13 +103,16 @@ static void attention_core_backward(const pass *p, int i)
     poe_attention_shape shape = attention_shape(stage, &stage->layers[i]);
     size_t b = shape.b, t = shape.t, hs = shape.head_size, c = (size_t)stage->model->config.n_embd;
     float *dy = stage->du;
-    owe_dx(stage, owed->attn);
+    owe(stage, owed->attn, stage->dx, c);
     if (!p->split)
         proj_weights(stage, i);
     product_dx(stage, dy, stage->dx, stage->layers[i].w.proj, c, c, false);
-    ops->attention_backward(be, owed->q, owed->k, owed->v, dy, kept->y, kept->lse, kept->q, kept->k, kept->v, &shape);
-    ops->rotary_backward(be, owed->q, owed->q, kept->q, kept->rinv_q, stage->cos, stage->sin, b, t, shape.n_head, hs);
-    ops->rotary_backward(be, owed->k, owed->k, kept->k, kept->rinv_k, stage->cos, stage->sin, b, t, shape.n_kv_head, hs);
+    ops->attention_backward(be, stage->dq, stage->dk, stage->dv, dy, kept->y, kept->lse, kept->q, kept->k, kept->v,
+                            &shape);
+    ops->rotary_backward(be, owed->q, stage->dq, kept->q, kept->rinv_q, stage->cos, stage->sin, b, t, shape.n_head, hs);
+    ops->rotary_backward(be, owed->k, stage->dk, kept->k, kept->rinv_k, stage->cos, stage->sin, b, t, shape.n_kv_head,
+                         hs);
+    owe(stage, owed->v, stage->dv, stage->model->kv_dim);
 }
 
 static void attention_backward(const pass *p, int i)
@@ -246,11 +249,8 @@ static void embed_backward(const pass *p)
 static poe_status backward(poe_stage *stage, int slot, const int32_t *targets, int n_micro, const poe_crossing *d_out,
                            const poe_crossing *d_in, bool split, double *loss)
 {
-    const poe_model *model = stage->model;
-    int before = stage->settings.stage - 1, after = stage->settings.stage == model->config.n_stages - 1 ? -1 : before + 1;
-    bool chained = model->config.objective != POE_OBJECTIVE_POE;
     assert(stage->settings.training && slot >= 0 && slot < stage->settings.slots && stage->slots[slot].idx);
-    assert(crossing_fits(model, chained ? after : -1, d_out) && crossing_fits(model, chained ? before : -1, d_in));
+    assert(gradients_fit(stage, d_out, d_in));
     stage->slot = &stage->slots[slot];
     pass p = begin_pass(stage, d_out, d_in, split);
     *loss = stage->has_head ? head_backward(&p, targets, n_micro) : 0;

@@ -51,9 +51,9 @@ typedef struct layer_kept {
 /* Gradients of the outputs of a layer's products: with what layer_kept has, all that the weights' gradients need. A
  * whole backward pass uses each at once, so all layers share one memory; a split one keeps them for its second part. */
 typedef struct layer_owed {
-    float *mlp, *f;      /* (N,C) of the mlp's output, (N,mlp) */
-    float *attn;         /* (N,C) of attention's output */
-    float *q, *k, *v;    /* (N,C), (N,NKV*HS), (N,NKV*HS) before rotary and value embedding */
+    float *mlp, *f;   /* (N,C) of the mlp's output, (N,mlp) */
+    float *attn;      /* (N,C) of attention's output */
+    float *q, *k, *v; /* (N,C), (N,NKV*HS), (N,NKV*HS) before rotary and value embedding */
 } layer_owed;
 
 /* One micro-batch: where it is, and what is kept of it. */
@@ -79,13 +79,13 @@ struct poe_stage {
     stage_region regions[REGION_COUNT];
     tensor_set own, shared;
 
-    int n_layers, mid; /* mid: the layer whose output backout subtracts, -1: not here */
+    int n_layers, mid;                 /* mid: the layer whose output backout subtracts, -1: not here */
     bool has_wte, has_head, backs_out; /* backs_out: the last stage, under bp with backout */
     stage_layer *layers;
     model_tensors w, g;
-    int own_head_row; /* in the own table, under ps; -1: none */
-    float *own_head;  /* (Vp,C) under ps, else NULL */
-    float *head_sum; /* (Vp,C) under ps: lm_head + own head */
+    int own_head_row; /* in the own table, where there is an own head; -1: none */
+    float *own_head;  /* (Vp,C), or NULL */
+    float *head_sum;  /* (Vp,C) with an own head: lm_head + own head */
     bool head_sum_stale;
     void (*head_done)(void *arg); /* poe_stage_on_head_gradient(); NULL: nobody */
     void *head_done_arg;
@@ -93,13 +93,13 @@ struct poe_stage {
     float *cos, *sin;            /* (T,HS/2) */
     float *wide;                 /* (N, max(mlp,C)) scratch */
     float *dx, *du, *dx0, *dmid; /* (N,C); dx0 where wte is, dmid where backout's layer is that backs out too */
+    float *dq, *dk, *dv;         /* (N,C), (N,NKV*HS), (N,NKV*HS) */
     layer_kept block;            /* memory of all layers of all slots, unless keeps_blocks(); without x and u_attn */
-    layer_owed owed;             /* likewise, unless split */
 
     stage_slot *slots, *slot; /* slot: the one at hand, after a forward pass that forward's */
-    layer_kept *kept;         /* of all slots */
-    layer_owed *all_owed;     /* likewise */
-    const stage_slot *in_block; /* unless keeps_blocks(): the slot whose last layer is still in `block`; may be NULL */
+    layer_kept *all_kept;     /* what the slots' records point into */
+    layer_owed *all_owed;
+    const stage_slot *in_block; // may be NULL; unless keeps_blocks(): the slot whose last layer is still in `block`
 };
 
 /* Else the normalised embedding and attention's inputs are made in the scratch `wide`, again in backward. */
@@ -121,6 +121,16 @@ static inline bool crossing_fits(const poe_model *model, int boundary, const poe
         return boundary < 0 && !crossing;
     return crossing->h && !crossing->x0 == !poe_model_crosses_x0(model, boundary) &&
            !crossing->mid == !poe_model_crosses_mid(model, boundary);
+}
+
+/* Whether what comes back and what is to go back are what crosses this stage's boundaries; under poe nothing does. */
+static inline bool gradients_fit(const poe_stage *stage, const poe_crossing *d_out, const poe_crossing *d_in)
+{
+    const poe_model *model = stage->model;
+    int k = stage->settings.stage, last = model->config.n_stages - 1;
+    if (model->config.objective == POE_OBJECTIVE_POE)
+        return !d_out && !d_in;
+    return crossing_fits(model, k - 1, d_in) && (k == last ? !d_out : crossing_fits(model, k, d_out));
 }
 
 /* The own head has no gradient of its own: it is the stage's part of lm_head's. It stands last in the table. */

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: MIT
- * All stages of a model in one thread, for test programs: what crosses a boundary is handed on and back, shared gradients
- * are summed in stage order. */
+ * All stages of a model in one thread, for test programs: what crosses a boundary is handed on and back, shared
+ * gradients are summed in stage order. */
 #ifndef POE_TESTS_STAGE_CHAIN_H
 #define POE_TESTS_STAGE_CHAIN_H
 
@@ -20,11 +20,11 @@ typedef struct chain_backend {
 typedef struct stage_chain {
     const poe_model *model;
     const chain_backend *kind;
-    int n_stages, slots;
+    int n_stages, slots, n_micro;
     poe_backend *backends[POE_MAX_STAGES];
     poe_stage *stages[POE_MAX_STAGES];
-    poe_crossing *out[POE_MAX_STAGES];  /* per slot, (B,T,C): what each stage puts out */
-    poe_crossing *back[POE_MAX_STAGES]; /* per slot: its gradients, where they flow back */
+    poe_crossing *out[POE_MAX_STAGES];  /* per micro-batch, (B,T,C): what each stage puts out */
+    poe_crossing *back[POE_MAX_STAGES]; /* per micro-batch: its gradients, where they flow back */
     size_t shared_floats;
 } stage_chain;
 
@@ -62,25 +62,28 @@ static inline void chain_open_stage(stage_chain *chain, int k, const poe_stage_s
     settings.stage = k;
     poe_stage_limits(chain->model, &settings, &limits);
     chain_require(chain->kind->create(&limits, &chain->backends[k]) == POE_OK, "a backend");
-    chain_require(poe_stage_create(chain->model, &settings, chain->backends[k], &chain->stages[k]) == POE_OK, "a stage");
-    chain->out[k] = calloc((size_t)chain->slots, sizeof(poe_crossing));
-    chain->back[k] = calloc((size_t)chain->slots, sizeof(poe_crossing));
+    chain_require(poe_stage_create(chain->model, &settings, chain->backends[k], &chain->stages[k]) == POE_OK,
+                  "a stage");
+    chain->out[k] = calloc((size_t)chain->n_micro, sizeof(poe_crossing));
+    chain->back[k] = calloc((size_t)chain->n_micro, sizeof(poe_crossing));
     chain_require(chain->out[k] && chain->back[k], "memory");
-    for (int m = 0; m < chain->slots; m++) {
+    for (int m = 0; m < chain->n_micro; m++) {
         chain->out[k][m] = chain_crossing(chain->model, k, limits.rows * limits.c);
         chain->back[k][m] = chain_crossing(chain->model, k, limits.rows * limits.c);
     }
 }
 
-/* `like`: the settings of every stage but for its number. */
+/* `like`: the settings of every stage but for its number. n_micro: how many micro-batches may be under way at once;
+ * micro-batch m takes slot m % slots. */
 static inline void chain_open_like(stage_chain *chain, const poe_model *model, const poe_stage_settings *like,
-                                   const chain_backend *kind)
+                                   int n_micro, const chain_backend *kind)
 {
     memset(chain, 0, sizeof(*chain));
     chain->model = model;
     chain->kind = kind;
     chain->n_stages = model->config.n_stages;
     chain->slots = like->slots;
+    chain->n_micro = n_micro;
     for (int k = 0; k < chain->n_stages; k++)
         chain_open_stage(chain, k, like);
     chain->shared_floats = poe_stage_shared_table(chain->stages[0])->floats;
@@ -90,7 +93,8 @@ static inline void chain_open_recomputing(stage_chain *chain, const poe_model *m
                                           const chain_backend *kind, poe_recompute recompute)
 {
     chain_open_like(chain, model,
-                    &(poe_stage_settings){.rows = rows, .slots = 1, .training = training, .recompute = recompute}, kind);
+                    &(poe_stage_settings){.rows = rows, .slots = 1, .training = training, .recompute = recompute}, 1,
+                    kind);
 }
 
 static inline void chain_open(stage_chain *chain, const poe_model *model, size_t rows, bool training,
@@ -104,7 +108,7 @@ static inline void chain_close(stage_chain *chain)
     for (int k = 0; k < chain->n_stages; k++) {
         poe_stage_destroy(chain->stages[k]);
         chain->kind->destroy(chain->backends[k]);
-        for (int m = 0; m < chain->slots; m++) {
+        for (int m = 0; m < chain->n_micro; m++) {
             chain_crossing_free(&chain->out[k][m]);
             chain_crossing_free(&chain->back[k][m]);
         }
@@ -126,27 +130,28 @@ static inline bool chain_flows_back(const stage_chain *chain)
     return chain->model->config.objective != POE_OBJECTIVE_POE;
 }
 
-static inline void chain_forward(stage_chain *chain, int k, int slot, size_t b, size_t t, const int32_t *idx)
+static inline void chain_forward(stage_chain *chain, int k, int micro, size_t b, size_t t, const int32_t *idx)
 {
-    poe_stage_forward(chain->stages[k], slot, b, t, idx, k ? &chain->out[k - 1][slot] : NULL, &chain->out[k][slot]);
+    poe_stage_forward(chain->stages[k], micro % chain->slots, b, t, idx, k ? &chain->out[k - 1][micro] : NULL,
+                      &chain->out[k][micro]);
 }
 
 typedef poe_status (*chain_backward_function)(poe_stage *stage, int slot, const int32_t *targets, int n_micro,
                                               const poe_crossing *d_out, const poe_crossing *d_in, double *loss);
 
 /* `function`: poe_stage_backward or poe_stage_backward_input. losses[k] += stage k's / n_micro. */
-static inline void chain_backward(stage_chain *chain, chain_backward_function function, int k, int slot,
+static inline void chain_backward(stage_chain *chain, chain_backward_function function, int k, int micro,
                                   const int32_t *targets, int n_micro, double *losses)
 {
     bool flows = chain_flows_back(chain);
-    const poe_crossing *d_out = flows && k < chain->n_stages - 1 ? &chain->back[k][slot] : NULL;
-    const poe_crossing *d_in = flows && k > 0 ? &chain->back[k - 1][slot] : NULL;
+    const poe_crossing *d_out = flows && k < chain->n_stages - 1 ? &chain->back[k][micro] : NULL;
+    const poe_crossing *d_in = flows && k > 0 ? &chain->back[k - 1][micro] : NULL;
     double loss;
-    CHECK_INT(function(chain->stages[k], slot, targets, n_micro, d_out, d_in, &loss), POE_OK);
+    CHECK_INT(function(chain->stages[k], micro % chain->slots, targets, n_micro, d_out, d_in, &loss), POE_OK);
     losses[k] += loss / n_micro;
 }
 
-/* Forward in slot 0, and with `losses` backward too: under poe stage by stage, as there nothing comes back. */
+/* Forward as micro-batch 0, and with `losses` backward too: under poe stage by stage, as there nothing comes back. */
 static inline void chain_run(stage_chain *chain, size_t b, size_t t, const int32_t *idx, const int32_t *targets,
                              int n_micro, double *losses)
 {

@@ -207,8 +207,8 @@ static void check_run(const char *name, const chain_backend *kind, poe_recompute
         bool last = step + 1 == run.optimizer.num_iterations;
         (sync.every ? sync_mean : sync_delayed)(&chain, &sync, &rates, last);
     }
-    printf("%-13s on %s, --recompute %s: worst relative error of a loss %.1e, a gradient %.1e, a final weight %.1e\n", name,
-           kind->name, poe_recompute_name(recompute), loss, gradients, compare_weights(&chain, &run));
+    printf("%-13s on %s, --recompute %s: worst relative error of a loss %.1e, a gradient %.1e, a final weight %.1e\n",
+           name, kind->name, poe_recompute_name(recompute), loss, gradients, compare_weights(&chain, &run));
     sync_close(&sync);
     chain_close(&chain);
     golden_close(&run);

@@ -31,9 +31,9 @@ static void describe_changes(const poe_run *r)
     if (before != o->num_iterations)
         printf("--num-iterations %d instead of %lld: learning rates, momentum and weight decay follow the new length from "
                "here on\n", o->num_iterations, (long long)before);
-    if (kernels && strcmp(kernels, poe_kernels_name(r->kernels)) != 0)
-        printf("kernels %s instead of %s: the numbers go on within rounding, not bit for bit (--kernels %s forces the old "
-               "ones)\n", poe_kernels_name(r->kernels), kernels, kernels);
+    if (kernels && strcmp(kernels, r->arithmetic) != 0)
+        printf("kernels %s instead of %s: the numbers go on within rounding, not bit for bit (see --kernels)\n",
+               r->arithmetic, kernels);
 }
 
 /* Who reads the data goes on where the run has stopped. */
@@ -169,11 +169,12 @@ static poe_status report(poe_run *r, const poe_training *t, bool interrupted)
     poe_status status = poe_comm_barrier(r->comm, "the end of training");
     if (status == POE_OK && r->rank == 0 && t->evaluated && !interrupted)
         poe_report_evaluation(r->options, &t->evaluation, r->corpus.has_tokenizer);
-    if (status == POE_OK && r->corpus.has_tokenizer && !interrupted)
+    bool learnt = !interrupted && !r->options->emulate_compute;
+    if (status == POE_OK && r->corpus.has_tokenizer && learnt)
         status = show_sample(r);
     if (status == POE_OK)
         status = poe_report_ranks(r, t);
-    if (status == POE_OK && poe_run_is_last(r) && !interrupted)
+    if (status == POE_OK && poe_run_is_last(r) && learnt)
         status = draw_picture(r);
     if (status == POE_OK)
         status = poe_comm_barrier(r->comm, "the picture");

@@ -50,8 +50,7 @@ def sizes(folder):
                            ({'n_head': 4, 'n_kv_head': 3}, ('--n-kv-head', '3')),
                            ({'total_batch_size': 100}, ('--total-batch-size', '100', '64', '128')),
                            ({'window_pattern': 'SXL'}, ('--window-pattern', 'SXL')),
-                           ({'objective': 'bp'}, ('--objective', 'bp')),
-                           ({'objective': 'hierarchical'}, ('--objective', 'hierarchical')),
+                           ({'objective': 'local'}, ('--objective', 'local', 'hierarchical')),
                            ({'n_embd': 30, 'n_head': 2}, ('head',)),
                            ({'vocab_size': 10}, ('tokens.bin', '10'))):
         refuse(tiny(folder, **changes), *words, launches=(poe.THREADS, poe.RANKS))

@@ -167,7 +167,7 @@ def help_and_version(folder):
         result = poe.succeed(args, cwd=folder)
         poe.check('poe-pipe' in result.out, result)
     listed = poe.succeed(['--help']).out
-    for flag in ('stages head objective alpha backout sync n-embd n-head n-kv-head mlp-dim sequence-len vocab-size '
+    for flag in ('stages head objective alpha backout schedule link-window sync n-embd n-head n-kv-head mlp-dim sequence-len vocab-size '
                  'window-pattern device-batch-size total-batch-size num-iterations warmup-steps warmdown-ratio '
                  'final-lr-frac matrix-lr embedding-lr unembedding-lr scalar-lr weight-decay seed data val-data tokenizer '
                  'init-from export config out resume save-every eval-every transport threads deadline size dry-run '
