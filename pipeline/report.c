@@ -79,7 +79,7 @@ static void print_shared(const poe_model *m, const poe_layout *l)
                                        [POE_OBJECTIVE_BP] = "nothing: each tensor is one rank's",
                                        [POE_OBJECTIVE_HIERARCHICAL] = "head: a replica on every rank, in its numbers"};
     printf("shared          %8.3f M    (%s)\n\n", (double)poe_model_stage_parameters(m, -1) / 1e6,
-           what[m->config.objective]);
+           poe_layout_replicated(l) ? "nothing: every rank has all of it" : what[m->config.objective]);
 }
 
 /* `known`: the ranks' own figures; NULL: as these flags would have them, refused behind the table when too much. */
