@@ -114,10 +114,13 @@ static poe_crossing decode_crossing(const poe_streams *s, int direction, int fro
     return values;
 }
 
-static void encode_crossing(const poe_streams *s, int direction, int from, const poe_batch *batch, char *encoded)
+/* Into a message to `n_messages` ranks. */
+static void encode_crossing(poe_streams *s, int direction, int from, const poe_batch *batch, char *encoded, int n_messages)
 {
     poe_crossing values = place_values(s, direction, from, batch, encoded);
     convert(s, &values, batch, encoded, true);
+    s->saved += (uint64_t)n_messages * (crossing_bytes(POE_WIRE_FP32, s->model, from, batch->rows, batch->t) -
+                                        crossing_bytes(s->wire, s->model, from, batch->rows, batch->t));
 }
 
 /* --- memory -------------------------------------------------------------------------------------------------------------- */
@@ -361,7 +364,8 @@ poe_status poe_streams_send_batch(poe_streams *s, const poe_batch *batch)
 {
     poe_message message = batch_message(s, batch, s->stage);
     if (s->n_targets)
-        encode_crossing(s, OUTPUT, s->stage, batch, (char *)s->payloads[0] + 2 * token_bytes(batch->rows, batch->t));
+        encode_crossing(s, OUTPUT, s->stage, batch, (char *)s->payloads[0] + 2 * token_bytes(batch->rows, batch->t),
+                        s->n_targets);
     for (int i = 1; i < s->n_targets; i++)
         memcpy(s->payloads[i], s->payloads[0], message.bytes);
     for (int i = 0; i < s->n_targets; i++) {
@@ -423,7 +427,7 @@ poe_status poe_streams_send_gradient(poe_streams *s, const poe_batch *batch)
     if (!s->gradient_out)
         return POE_OK;
     poe_message message = gradient_message(s, batch, s->source, s->stage);
-    encode_crossing(s, INPUT_GRADIENT, s->source, batch, s->gradient_payload);
+    encode_crossing(s, INPUT_GRADIENT, s->source, batch, s->gradient_payload, 1);
     return poe_link_send(s->gradient_out, &message);
 }
 

@@ -76,6 +76,7 @@ typedef struct poe_streams {
     int32_t *own_tokens;      /* (slots, 2, rows * t, padded) */
     char *values[4];          /* else as floats, by direction (streams.c); of the input `slots` in a ring */
     int64_t received;         /* micro-batches so far */
+    uint64_t saved;           /* bytes that the messages sent so far would have more in fp32 */
     float *aggregate;         /* running sums of the chunk at hand */
 } poe_streams;
 

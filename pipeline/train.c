@@ -15,6 +15,7 @@ typedef struct trainer {
     poe_step_reports reports;
     bool stop;             /* after this step */
     poe_comm_stats marked; /* what had been sent before the step */
+    uint64_t marked_saved; /* and left out */
 } trainer;
 
 /* --- evaluation and checkpoints ---------------------------------------------------------------------------------------------- */
@@ -85,12 +86,15 @@ static bool due(int64_t done, int every)
 static void mark_traffic(trainer *t)
 {
     poe_comm_get_stats(t->run->comm, &t->marked);
+    t->marked_saved = t->run->streams.saved + t->marked.shared_dense - t->marked.shared_sent;
 }
 
 static void count_traffic(trainer *t)
 {
     poe_comm_stats from = t->marked, *traffic = &t->training->traffic;
+    uint64_t saved = t->marked_saved;
     mark_traffic(t);
+    t->training->saved += t->marked_saved - saved;
     traffic->transfer += t->marked.transfer - from.transfer;
     traffic->transfer_busy += t->marked.transfer_busy - from.transfer_busy;
     traffic->bytes_sent += t->marked.bytes_sent - from.bytes_sent;
