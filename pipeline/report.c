@@ -284,7 +284,10 @@ void poe_report_evaluation(const poe_options *o, const poe_evaluation *e, bool h
            "top-1", "perplexity");
     char name[32];
     for (int k = 0; k < e->n_stages; k++) {
-        snprintf(name, sizeof(name), "stage %d", k);
+        if (strcmp(o->objective, "bp") == 0)
+            snprintf(name, sizeof(name), "the whole model");
+        else
+            snprintf(name, sizeof(name), "stage %d", k);
         print_score(name, e, &e->stage[k], has_tokenizer);
     }
     for (int k = 1; k + 1 < e->n_stages; k++) {

@@ -5,7 +5,7 @@
 #include <stdio.h>
 #include <string.h>
 
-enum { AGGREGATE_WINDOW = 2 };
+enum { AGGREGATE_WINDOW = 2, USE_WINDOW = 4 };
 
 /* Which of the three cross from `stage` to the next one. */
 typedef struct members {
@@ -131,9 +131,15 @@ static bool goes_back(const poe_streams_settings *settings)
     return settings->training && poe_schedule_chained(settings->layout->schedule);
 }
 
+/* Of the links from stage `from` on. What is not trained on is not kept. */
+static int window_of(const poe_streams_settings *settings, int from)
+{
+    return settings->training ? poe_layout_window(settings->layout, from) : USE_WINDOW;
+}
+
 static size_t edge_memory(const poe_model *model, const poe_streams_settings *settings, int from)
 {
-    size_t t = (size_t)model->config.sequence_len, window = (size_t)poe_layout_window(settings->layout, from);
+    size_t t = (size_t)model->config.sequence_len, window = (size_t)window_of(settings, from);
     size_t bytes = window * batch_bytes(settings->wire, model, from, settings->rows, t);
     return goes_back(settings) ? bytes + window * crossing_bytes(settings->wire, model, from, settings->rows, t) : bytes;
 }
@@ -194,7 +200,7 @@ static bool aggregates(const poe_model *model)
 static poe_status open_edge(const poe_streams *s, poe_comm *comm, const poe_streams_settings *settings, int peer,
                             bool outgoing, poe_link **batch, poe_link **aggregate, poe_link **gradient)
 {
-    int from = outgoing ? s->stage : peer, window = poe_layout_window(settings->layout, from);
+    int from = outgoing ? s->stage : peer, window = window_of(settings, from);
     uint64_t run = settings->run;
     poe_status status = open_link(comm, peer, POE_CHANNEL_BATCH, outgoing,
                                   batch_bytes(s->wire, s->model, from, s->rows, s->t), window, run, batch);

@@ -159,6 +159,9 @@ def predictions(folder):
     poe.check_same_file(f'{folder}/again.safetensors', f'{one}/final.safetensors')
     for flag in ('--stage', '--prefix'):
         poe.check_refused(poe.run(['generate', '--checkpoint', three, '--prompt', 'the', flag, '1']), 2, flag, 'bp')
+    two = train(folder, 'two', data, poe.RANKS, 2, **{**options, 'stages': '3', 'schedule': 'ddp', 'total_batch_size': 2 * TOKENS})
+    poe.check_equal([len(e['bpb']['stage']) for e in poe.evaluations(two)], [1, 1], 'evaluations of replicas')
+    poe.succeed(['generate', '--checkpoint', two, '--prompt', 'the', '--max-tokens', '4'])
     each = train(folder, 'each', data, **{**options, 'objective': 'hierarchical', 'stages': '1,1,1'})
     poe.check_equal(len(poe.evaluations(each)[0]['bpb']['stage']), 3, 'stages that predict')
     for view in (['--stage', '0'], ['--prefix', '1'], []):
