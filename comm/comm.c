@@ -30,6 +30,11 @@ const char *poe_comm_transport(const poe_comm *comm)
     return comm->transport->ops->name;
 }
 
+const char *poe_comm_emulated(const poe_comm *comm)
+{
+    return comm->transport->emulated;
+}
+
 void poe_comm_configure(poe_comm *comm, const poe_comm_settings *settings)
 {
     poe_comm_settings s = settings ? *settings : (poe_comm_settings){0};

@@ -15,15 +15,6 @@
 #include "comm/transport.h"
 #include "src/log.h"
 
-/* Channels of the transport. Links and reduces have 0..15 for frames; the others are derived. */
-enum {
-    POE_CHANNEL_PAYLOAD = 16,
-    POE_CHANNEL_CREDIT = 32,
-    POE_CHANNEL_BEAT = 48,
-    POE_CHANNEL_COLLECTIVE = 49,
-    POE_CHANNEL_COLLECTIVE_PAYLOAD = 50,
-};
-
 typedef struct poe_part poe_part;
 struct poe_part {
     poe_comm *comm;

@@ -10,7 +10,15 @@
 
 #include "comm/comm.h"
 
-enum { POE_CHANNELS = 64 }; /* 0..15 the caller's, the rest for payloads, credits, control and collectives */
+/* Links and reduces have 0..15 for frames; the others are derived. */
+enum {
+    POE_CHANNEL_PAYLOAD = 16,
+    POE_CHANNEL_CREDIT = 32,
+    POE_CHANNEL_BEAT = 48,
+    POE_CHANNEL_COLLECTIVE = 49,
+    POE_CHANNEL_COLLECTIVE_PAYLOAD = 50,
+    POE_CHANNELS = 64,
+};
 
 typedef struct poe_transport poe_transport;
 
@@ -34,12 +42,15 @@ typedef struct poe_transport_ops {
      * memory, which therefore must never be freed. */
     void (*cancel)(poe_transport *transport, poe_operation *op);
     void (*destroy)(poe_transport *transport);
+    /* For tests: breaks the connection with `peer` as a failing network would. NULL: there are none of its own. */
+    void (*cut)(poe_transport *transport, int peer);
 } poe_transport_ops;
 
 struct poe_transport {
     const poe_transport_ops *ops;
     int rank, size, host_ranks;
     const char *host;
+    const char *emulated; /* lines that say how a decorator changes the network; NULL: the network is real */
 };
 
 /* A comm on a transport, which it owns from then on, also on failure. Starts the helper thread, which speaks for the

@@ -7,7 +7,6 @@
 #include <sys/prctl.h>
 #include <time.h>
 
-#include "src/clock.h"
 
 /* --- the row that computes ---------------------------------------------------------------------------------------------------- */
 
@@ -92,15 +91,15 @@ static void sleep_until(double deadline)
         ;
 }
 
-/* Until `which` is over that began at `start`. */
-static void emulate(poe_compute *c, poe_emulated which, double start)
+/* Until `which` is over, which began when its account did. */
+static void emulate(poe_compute *c, poe_emulated which)
 {
     double nominal = c->seconds[which], jitter = c->seconds[POE_EMULATED_JITTER];
     if (nominal == 0)
         return;
-    double deadline = start + nominal + (jitter > 0 ? jitter * (2 * poe_rng_uniform(&c->rng) - 1) : 0);
-    sleep_until(deadline);
     poe_accounts *a = c->accounts;
+    double deadline = a->since + nominal + (jitter > 0 ? jitter * (2 * poe_rng_uniform(&c->rng) - 1) : 0);
+    sleep_until(deadline);
     poe_account_enter_at(a, POE_ACCOUNT_OTHER, a->step, a->micro, deadline);
 }
 
@@ -117,18 +116,16 @@ static void emulated_forward(poe_compute *c, int slot, size_t b, size_t t, const
                              const poe_crossing *out)
 {
     (void)slot, (void)idx, (void)in;
-    double start = poe_now();
     c->floats = b * t * c->channels;
     put_zeros(out, c->floats);
-    emulate(c, POE_EMULATED_FORWARD, start);
+    emulate(c, POE_EMULATED_FORWARD);
 }
 
 static void emulate_backward(poe_compute *c, poe_emulated which, const poe_crossing *d_in, double *loss)
 {
-    double start = poe_now();
     put_zeros(d_in, c->floats);
     *loss = 0;
-    emulate(c, which, start);
+    emulate(c, which);
 }
 
 static poe_status emulated_backward(poe_compute *c, int slot, const int32_t *targets, int n_micro,
@@ -150,7 +147,7 @@ static poe_status emulated_backward_input(poe_compute *c, int slot, const int32_
 static void emulated_backward_weight(poe_compute *c, int slot)
 {
     (void)slot;
-    emulate(c, POE_EMULATED_BACKWARD_WEIGHT, poe_now());
+    emulate(c, POE_EMULATED_BACKWARD_WEIGHT);
 }
 
 static bool emulated_gradients_finite(const poe_compute *c)
@@ -162,8 +159,10 @@ static bool emulated_gradients_finite(const poe_compute *c)
 static void emulated_update_own(poe_compute *c, const poe_rates *rates)
 {
     (void)rates;
-    emulate(c, POE_EMULATED_OPTIMIZER, poe_now());
-    poe_account_enter(c->accounts, POE_ACCOUNT_OPTIMIZER, c->accounts->step, c->accounts->micro);
+    poe_accounts *a = c->accounts;
+    poe_account_enter(a, POE_ACCOUNT_OPTIMIZER, a->step, a->micro);
+    emulate(c, POE_EMULATED_OPTIMIZER);
+    poe_account_enter(a, POE_ACCOUNT_OPTIMIZER, a->step, a->micro);
 }
 
 static bool emulated_part_finite(const poe_compute *c, poe_shared_part part)

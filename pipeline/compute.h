@@ -41,9 +41,10 @@ struct poe_compute {
 /* The row that computes. */
 void poe_compute_init(poe_compute *compute, poe_stage *stage);
 
-/* The row that sleeps `seconds` (see src/emulation.h) to absolute deadlines, counted from the moment of the call, and puts
- * zeros where results would be. The account at hand gets the time that was asked for; what waking took longer is
- * POE_ACCOUNT_OTHER. The jitter of a rank depends on `seed`, `rank` and the order of its calls alone. */
+/* The row that sleeps `seconds` (see src/emulation.h) to absolute deadlines, counted from the moment that the account at
+ * hand was entered, and puts zeros where results would be. That account gets exactly the time that was asked for; what
+ * waking took longer is POE_ACCOUNT_OTHER. The jitter of a rank depends on `seed`, `rank` and the order of its calls
+ * alone. */
 void poe_compute_emulate(poe_compute *compute, poe_stage *stage, poe_accounts *accounts,
                          const double seconds[POE_EMULATED_COUNT], int64_t seed, int rank);
 

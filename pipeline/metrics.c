@@ -63,6 +63,10 @@ poe_status poe_metrics_open(poe_metrics *metrics, const char *path, const char *
 
 poe_status poe_metrics_write(poe_metrics *metrics, json_t *object)
 {
+    const char *other = json_string_value(json_object_get(object, "emulated"));
+    if (metrics->emulated)
+        json_object_set_new(object, "emulated",
+                            json_sprintf("%s%s%s", other ? other : "", other ? ", " : "", metrics->emulated));
     int bad = json_dumpf(object, metrics->file, JSON_COMPACT | JSON_REAL_PRECISION(9));
     json_decref(object);
     bad |= fputc('\n', metrics->file) == EOF;

@@ -11,7 +11,8 @@
 
 typedef struct poe_metrics {
     FILE *file;
-    const char *path; /* borrowed */
+    const char *path;     /* borrowed */
+    const char *emulated; /* borrowed; what of the run is emulated: stands in every line; NULL: nothing */
 } poe_metrics;
 
 /* Opens OUT's metrics for steps `first` on. `previous` (NULL: none; may be `path` itself): the file of the run that is
@@ -20,7 +21,8 @@ typedef struct poe_metrics {
 poe_status poe_metrics_open(poe_metrics *metrics, const char *path, const char *previous, int64_t first,
                             int64_t evaluated);
 
-/* Writes one line, whole or not at all to a reader; takes the reference of `object`. */
+/* Writes one line, whole or not at all to a reader; takes the reference of `object`, whose own `emulated` stays, with
+ * the file's beside it. */
 poe_status poe_metrics_write(poe_metrics *metrics, json_t *object);
 void poe_metrics_close(poe_metrics *metrics);
 

@@ -121,6 +121,17 @@ static void print_data(const poe_run *r)
         printf("; no held-out text, no evaluation\n");
 }
 
+/* The text's lines, one below the other. */
+static void print_network(const char *emulated)
+{
+    const char *heading = "network   emulated: ";
+    for (size_t length; *emulated; emulated += length + (emulated[length] == '\n')) {
+        length = strcspn(emulated, "\n");
+        printf("%s%.*s\n", heading, (int)length, emulated);
+        heading = "          ";
+    }
+}
+
 poe_status poe_report_start(const poe_options *o, const poe_model *m, int threads, const poe_run *r)
 {
     poe_layout layout;
@@ -132,6 +143,8 @@ poe_status poe_report_start(const poe_options *o, const poe_model *m, int thread
         printf("ranks     %d over %s, %d on this host, %d thread%s each, kernels %s\n", r->size,
                poe_comm_transport(r->comm), poe_comm_host_ranks(r->comm), threads, threads == 1 ? "" : "s",
                r->arithmetic);
+        if (poe_comm_emulated(r->comm))
+            print_network(poe_comm_emulated(r->comm));
         if (strcmp(o->dtype, "bf16") == 0)
             printf("dtype     bf16: %s\n", poe_bf16_engine(r->kernels));
         if (o->emulate_compute)
@@ -243,8 +256,9 @@ void poe_progress_step(poe_progress *p, int64_t step, double loss, const double 
     else
         used += append_losses(line + used, sizeof(line) - (size_t)used, loss, stage_losses, poe_run_heads(r), lrm);
     snprintf(line + used, sizeof(line) - (size_t)used,
-             " | dt: %.0fms | tok/sec: %.0f | epoch: %u | total time: %s | eta: %s", dt * 1e3,
-             (double)r->options->total_batch_size / dt, epoch, total, eta);
+             " | dt: %.0fms | tok/sec: %.0f%s | epoch: %u | total time: %s | eta: %s", dt * 1e3,
+             (double)r->options->total_batch_size / dt, poe_comm_emulated(r->comm) ? " (emulated network)" : "", epoch, total,
+             eta);
     show_line(p, line, last);
 }
 
@@ -430,8 +444,9 @@ poe_status poe_report_ranks(poe_run *r, const poe_training *t)
     if (status != POE_OK || !t->tokens)
         return status;
     if (r->rank == 0) {
-        printf("\n%.0f tokens/s over %.1f s of training%s\n", (double)t->tokens / t->seconds, t->seconds,
-               r->options->emulate_compute ? ", emulated compute" : "");
+        printf("\n%.0f tokens/s over %.1f s of training%s%s\n", (double)t->tokens / t->seconds, t->seconds,
+               r->options->emulate_compute ? ", emulated compute" : "",
+               poe_comm_emulated(r->comm) ? ", emulated network" : "");
         print_times(r, all);
         print_traffic(r, all);
     }
@@ -493,6 +508,8 @@ void poe_report_files(const poe_run *r, const poe_training *t, bool interrupted)
     if (t->checkpoint[0])
         printf("checkpoint  %s (%.3f M parameters)\n", t->checkpoint, (double)poe_model_parameters(&r->model) / 1e6);
     printf("metrics     %s/metrics.jsonl\n", r->out);
+    if (r->options->trace)
+        printf("trace       %s (open it in https://ui.perfetto.dev)\n", r->options->trace);
     if (r->options->emulate_compute) {
         fflush(stdout);
         return;

@@ -153,21 +153,20 @@ static poe_status check_unused(const poe_run *r)
 }
 
 /* Before the training, not after it. In --out, which is checked when it is made, there is room. */
-static poe_status check_export(const poe_run *r)
+static poe_status check_file(const poe_run *r, const char *flag, const char *path)
 {
-    const char *path = r->options->export_path;
     size_t length = strlen(r->out);
     char folder[POE_PATH_MAX];
     struct stat found;
     if (!path || r->rank != 0 || (strncmp(path, r->out, length) == 0 && path[length] == '/'))
         return POE_OK;
     if (stat(path, &found) == 0 && S_ISDIR(found.st_mode)) {
-        poe_error("--export: %s is a directory; give the name of a file", path);
+        poe_error("%s: %s is a directory; give the name of a file", flag, path);
         return POE_BAD_INPUT;
     }
     const char *slash = strrchr(path, '/');
     poe_status status = poe_path(folder, "%.*s", slash ? (int)(slash - path) + 1 : 1, slash ? path : ".");
-    return status == POE_OK ? poe_check_writable(folder, "--export") : status;
+    return status == POE_OK ? poe_check_writable(folder, flag) : status;
 }
 
 /* Only looks: the folder is made once nothing else can be wrong. */
@@ -177,7 +176,9 @@ static poe_status find_out(poe_run *r)
     if (status == POE_OK)
         status = check_unused(r);
     if (status == POE_OK)
-        status = check_export(r);
+        status = check_file(r, "--export", r->options->export_path);
+    if (status == POE_OK)
+        status = check_file(r, "--trace", r->options->trace);
     return poe_comm_agree(r->comm, status);
 }
 
@@ -464,6 +465,7 @@ poe_status poe_run_open(poe_run *r, poe_comm *comm, const poe_options *options, 
 void poe_run_close(poe_run *r)
 {
     poe_metrics_close(&r->metrics);
+    poe_trace_destroy(r->trace);
     poe_checkpoint_store_close(r->store);
     if (r->shared.stage)
         poe_shared_close(&r->shared);

@@ -19,6 +19,7 @@
 #include "pipeline/replicas.h"
 #include "pipeline/shared.h"
 #include "pipeline/streams.h"
+#include "pipeline/trace.h"
 #include "src/options.h"
 #include "stages/cpu/cpu.h"
 #include "stages/stage.h"
@@ -62,6 +63,7 @@ typedef struct poe_run {
     poe_backend *backend;
     poe_stage *stage;
     poe_compute compute;          /* what training does with the stage */
+    poe_trace *trace;             /* of training, with --trace; else NULL */
     poe_accounts accounts;        /* of training: running between its first step and its end */
     poe_edges edges;
     poe_streams streams;

@@ -31,6 +31,8 @@ const char *poe_channel_name(poe_channel channel)
                                         [POE_CHANNEL_EXPORT] = "weights",
                                         [POE_CHANNEL_GRADIENT] = "gradients",
                                         [POE_CHANNEL_REPLICAS] = "replicas' gradients",
+                                        [POE_CHANNEL_CLOCK] = "clock",
+                                        [POE_CHANNEL_TRACE] = "trace",
                                         [POE_CHANNEL_SHARED_HEAD] = "gradients of the head",
                                         [POE_CHANNEL_SHARED_SMEAR] = "gradients of smear"};
     return names[channel];

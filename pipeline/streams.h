@@ -26,6 +26,8 @@ typedef enum poe_channel {
     POE_CHANNEL_EXPORT,
     POE_CHANNEL_GRADIENT,
     POE_CHANNEL_REPLICAS,
+    POE_CHANNEL_CLOCK,
+    POE_CHANNEL_TRACE,
     POE_CHANNEL_SHARED_HEAD,
     POE_CHANNEL_SHARED_SMEAR,
 } poe_channel;
@@ -41,6 +43,8 @@ typedef enum poe_kind {
     POE_KIND_TENSOR,
     POE_KIND_GRADIENT,
     POE_KIND_REPLICAS,
+    POE_KIND_CLOCK,
+    POE_KIND_TRACE,
 } poe_kind;
 
 enum { POE_FLAG_STOP = 1, POE_EPOCH_SHIFT = 8 }; /* of poe_message.flags: stop after this step; epochs done above */

@@ -220,7 +220,7 @@ poe_status poe_train(poe_run *r, poe_training *training)
     poe_step_reports_start(&t->reports, r);
     poe_status status = poe_micro_batches_open(&t->batches, r, &t->reports);
     mark_traffic(t);
-    poe_accounts_start(&r->accounts, r->comm);
+    poe_accounts_start(&r->accounts, r->comm, r->trace);
     if (status == POE_OK)
         status = run_steps(t);
     poe_accounts_stop(&r->accounts);

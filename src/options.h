@@ -71,10 +71,15 @@ typedef struct poe_options {
     int save_every, keep; /* 0: only at the end; 0: keep all */
     /* ranks */
     int ranks;   /* --ranks: start mpiexec with so many; 0: do not */
-    char transport[POE_OPTION_TEXT]; /* auto | inproc | mpi */
+    char transport[POE_OPTION_TEXT]; /* auto | inproc | mpi | fabric */
     int link_window; /* messages of activations under way on a link, at least what the schedule needs; 0: that */
+    char fabric_provider[POE_OPTION_TEXT];
+    char interface[POE_OPTION_TEXT];  /* "": chosen */
+    char port_range[POE_OPTION_TEXT]; /* "A-B", or "": any */
+    int port_low, port_high;          /* derived; 0: any */
     int threads; /* per rank; 0: cores of the host divided by its ranks, at least 1 */
     double deadline; /* seconds */
+    char *net;       /* owned; NULL or "none": the network as it is */
     char recompute[POE_OPTION_TEXT]; /* auto (the first that fits memory_limit) | none | norms | block */
     int64_t memory_limit;            /* bytes of a rank; 0: none. JSON: also texts, "4GiB" */
     char kernels[POE_OPTION_TEXT]; /* auto | generic | avx2 | avx512 */
@@ -88,6 +93,7 @@ typedef struct poe_options {
     double temperature;
     int top_k;
     int stage, prefix; /* -1: not given; neither: the full aggregate */
+    bool json;         /* plan: for scripts */
     /* help and version are answered by whoever parses: */
     bool help, version;
     uint64_t given[2]; /* one bit per flag: poe_options_given() */
@@ -100,6 +106,7 @@ typedef enum poe_command {
     POE_COMMAND_INSPECT,  /* poe-pipe inspect PATH */
     POE_COMMAND_EXPORT,   /* poe-pipe export --checkpoint DIR --export FILE.safetensors [--export-dtype bf16] */
     POE_COMMAND_DATA,     /* poe-pipe data --data ... --out DIR [--tokenizer FILE | --vocab-size V] */
+    POE_COMMAND_PLAN,     /* poe-pipe plan [a run's flags] [--json] */
 } poe_command;
 
 /* Fills `options` from the command line (argv[0] is skipped; a subcommand's name too) and everything it refers to.

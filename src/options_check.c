@@ -138,6 +138,23 @@ static poe_status check_ranks(const poe_options *options)
     return POE_BAD_INPUT;
 }
 
+static poe_status check_ports(poe_options *options)
+{
+    int used = 0;
+    options->port_low = options->port_high = 0;
+    if (!options->port_range[0])
+        return POE_OK;
+    size_t digits = strspn(options->port_range, "0123456789-");
+    if (digits == strlen(options->port_range) && digits < 12 &&
+        sscanf(options->port_range, "%d-%d%n", &options->port_low, &options->port_high, &used) == 2 &&
+        used == (int)digits && options->port_low >= 1 && options->port_low <= options->port_high &&
+        options->port_high <= 65535)
+        return POE_OK;
+    poe_error("--port-range: found \"%s\", allowed is A-B with A and B from 1 to 65535 and A not above B",
+              options->port_range);
+    return POE_BAD_INPUT;
+}
+
 /* One sentence each: what must not be without, or beside, what. */
 static const char *conflict(const poe_options *options)
 {
@@ -196,7 +213,33 @@ static poe_status check_train(poe_options *options)
         status = check_batch(options);
     if (status == POE_OK)
         status = check_ranks(options);
-    return status == POE_OK ? check_emulation(options) : status;
+    if (status == POE_OK)
+        status = check_emulation(options);
+    return status == POE_OK ? check_ports(options) : status;
+}
+
+/* As a run would check them, but that --ranks may ask for other stages than --stages has. */
+static poe_status check_plan(poe_options *options)
+{
+    int layers = 0;
+    poe_status status = check_sync(options);
+    if (status == POE_OK)
+        status = check_model(options);
+    if (status == POE_OK)
+        status = check_schedule(options);
+    if (status == POE_OK)
+        status = check_shared(options);
+    if (status == POE_OK)
+        status = check_batch(options);
+    if (status != POE_OK || is_replicated(options))
+        return status == POE_OK && options->ranks ? poe_options_check_ranks(options, options->ranks) : status;
+    for (int k = 0; k < options->stages.count; k++)
+        layers += options->stages.layers[k];
+    if (options->ranks <= layers)
+        return POE_OK;
+    poe_error("--ranks: found %d with %d layers in --stages, allowed is at most one rank per layer (%d)", options->ranks,
+              layers, layers);
+    return POE_BAD_INPUT;
 }
 
 static const char *missing(const poe_options *options, poe_command command)
@@ -224,6 +267,8 @@ poe_status poe_options_check(poe_options *options, poe_command command)
 {
     if (command == POE_COMMAND_TRAIN)
         return check_train(options);
+    if (command == POE_COMMAND_PLAN)
+        return check_plan(options);
     const char *what = missing(options, command);
     if (!what)
         return POE_OK;

@@ -7,7 +7,8 @@
 #include <string.h>
 
 enum {
-    TRAIN = 1 << POE_COMMAND_TRAIN,
+    PLAN = 1 << POE_COMMAND_PLAN,
+    TRAIN = 1 << POE_COMMAND_TRAIN | PLAN, /* a run's flags, as they stand, are those of its plan */
     GENERATE = 1 << POE_COMMAND_GENERATE,
     INSPECT = 1 << POE_COMMAND_INSPECT,
     EXPORT = 1 << POE_COMMAND_EXPORT,
@@ -138,14 +139,21 @@ const poe_option poe_option_table[] = {
 #define GROUP "Ranks"
     INT("ranks", ranks, "0", 0, POE_OPTION_STAGES, TRAIN, CALL,
         "start so many by mpiexec; 0: one process, or as mpiexec did"),
-    WORD("transport", transport, "auto", "auto|inproc|mpi", TRAIN, CHANGEABLE,
+    WORD("transport", transport, "auto", "auto|inproc|mpi|fabric", TRAIN, CHANGEABLE,
          "how ranks talk; auto: mpi under mpiexec"),
     INT("link-window", link_window, "0", 0, 65536, TRAIN, CHANGEABLE,
         "micro-batches under way between two ranks; 0: what schedule and --sync need"),
+    STRING("fabric-provider", "NAME", fabric_provider, "tcp", TRAIN, CHANGEABLE,
+           "fabric: libfabric's provider of the connections"),
+    STRING("interface", "NAME", interface, NULL, TRAIN, LOCAL,
+           "fabric: network interface; without it loopback on one host, the first one otherwise"),
+    STRING("port-range", "A-B", port_range, NULL, TRAIN, LOCAL, "fabric: ports to listen on, one per rank of a host"),
     INT("threads", threads, "0", 0, 4096, TRAIN | GENERATE, LOCAL,
         "per rank; 0: cores of the host divided by its ranks"),
     REAL("deadline", deadline, "120", 0.1, 1e6, TRAIN, CHANGEABLE,
          "seconds without a sign of life before a rank is given up"),
+    PATH("net", "RULES", net, TRAIN, CHANGEABLE,
+         "emulate a network: rules such as '0-1:rtt=80ms,bw=1Gbit', a file of them, or none"),
     WORD("recompute", recompute, "auto", "auto|none|norms|block", TRAIN, LOCAL,
          "what backward computes again to save memory; auto: the least that fits --memory-limit"),
     SIZE("memory-limit", memory_limit, "0", TRAIN, LOCAL,
@@ -167,6 +175,7 @@ const poe_option poe_option_table[] = {
     INT("max-tokens", max_tokens, "200", 1, 1048576, GENERATE, CALL, "tokens to generate"),
     REAL("temperature", temperature, "0.8", 0, 100, GENERATE, CALL, "of the sampling; 0: the likeliest token"),
     INT("top-k", top_k, "50", 0, 65536, GENERATE, CALL, "sample among the K likeliest; 0: all"),
+    BOOL("json", json, PLAN, CALL, "print the plan as JSON"),
     INT("stage", stage, "-1", -1, POE_OPTION_STAGES - 1, GENERATE, CALL, "use one stage alone, from 0"),
     INT("prefix", prefix, "-1", -1, POE_OPTION_STAGES - 1, GENERATE, CALL, "use stages 0 to this one"),
 #undef GROUP
@@ -185,7 +194,7 @@ const char *poe_command_title(poe_command command)
     static const char *const titles[] = {
         [POE_COMMAND_TRAIN] = "poe-pipe",           [POE_COMMAND_GENERATE] = "poe-pipe generate",
         [POE_COMMAND_INSPECT] = "poe-pipe inspect", [POE_COMMAND_EXPORT] = "poe-pipe export",
-        [POE_COMMAND_DATA] = "poe-pipe data",
+        [POE_COMMAND_DATA] = "poe-pipe data",       [POE_COMMAND_PLAN] = "poe-pipe plan",
     };
     return titles[command];
 }

@@ -28,6 +28,8 @@ static int run_command(poe_command command, char **argv, const poe_options *opti
         return poe_program_inspect(options);
     case POE_COMMAND_EXPORT:
         return poe_program_export(argv, options);
+    case POE_COMMAND_PLAN:
+        return poe_program_plan(argv, options);
     default:
         return poe_program_data(options);
     }

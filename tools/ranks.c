@@ -7,8 +7,10 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "comm/fabric/fabric.h"
 #include "comm/inproc/inproc.h"
 #include "comm/mpi/mpi.h"
+#include "faults/net.h"
 #include "pipeline/control.h"
 #include "src/files.h"
 #include "src/log.h"
@@ -78,12 +80,26 @@ static int exit_status_of(poe_status status)
     return status == POE_INTERRUPTED && interrupted ? interrupted : poe_exit_status(status);
 }
 
+/* Puts --net in front of each of `n` transports of one job. On failure some may have it and some not: they still reach
+ * each other. */
+static poe_status wrap(const poe_options *options, int n, poe_transport **transports)
+{
+    poe_net net;
+    poe_status status = poe_net_read(options->net, transports[0]->size, &net);
+    for (int k = 0; status == POE_OK && k < n; k++)
+        status = poe_net_wrap(&net, &transports[k]);
+    poe_net_free(&net);
+    return status;
+}
+
 int poe_ranks_threads(int size, const poe_options *options, poe_rank_body body)
 {
     poe_transport *transports[POE_OPTION_STAGES];
     pthread_t threads[POE_OPTION_STAGES];
     rank_job jobs[POE_OPTION_STAGES];
     poe_status status = poe_inproc_create(size, transports);
+    if (status == POE_OK)
+        status = wrap(options, size, transports);
     if (status == POE_OK)
         status = poe_control_start(false);
     if (status != POE_OK)
@@ -110,21 +126,63 @@ static poe_status check_size(const poe_options *options, int size)
     return POE_BAD_INPUT;
 }
 
-static poe_status run_mpi_rank(rank_job *job, poe_status parse_status)
+static bool wants_fabric(const poe_options *options)
 {
-    poe_status status = poe_mpi_create(&job->transport);
-    poe_comm_settings settings = {.deadline = parse_status == POE_OK ? job->options->deadline : 0};
-    poe_comm *comm;
+    return strcmp(options->transport, "fabric") == 0;
+}
+
+/* The ranks meet over MPI, agree on what they were started with, and stay there unless the fabric is to carry the run.
+ * On failure all return the same. */
+static poe_status meet(rank_job *job, const poe_comm_settings *settings, poe_status parse_status, poe_comm **comm)
+{
+    bool direct = parse_status == POE_OK && wants_fabric(job->options);
+    poe_status status = poe_mpi_create(&job->transport), mine = parse_status;
+    if (status == POE_OK && mine == POE_OK)
+        mine = check_size(job->options, job->size);
+    if (status == POE_OK && mine == POE_OK && !direct)
+        mine = wrap(job->options, 1, &job->transport);
     if (status == POE_OK)
-        status = poe_comm_create(job->transport, &settings, &comm);
+        status = poe_comm_create(job->transport, settings, comm);
     if (status != POE_OK)
         end_job(poe_exit_status(status));
-    status = parse_status == POE_OK ? check_size(job->options, job->size) : parse_status;
-    status = poe_comm_agree(comm, status);
-    if (status == POE_OK)
-        return run_body(comm, job);
-    poe_comm_destroy(comm, true);
+    return poe_comm_agree(*comm, mine);
+}
+
+static poe_status open_fabric(rank_job *job, poe_comm *over)
+{
+    const poe_options *o = job->options;
+    poe_fabric_settings settings = {.provider = o->fabric_provider,
+                                    .interface = o->interface,
+                                    .port_low = o->port_low,
+                                    .port_high = o->port_high};
+    poe_status status = poe_fabric_create(over, &settings, &job->transport);
+    if (status != POE_OK)
+        return status;
+    status = poe_comm_agree(over, wrap(o, 1, &job->transport));
+    if (status != POE_OK)
+        job->transport->ops->destroy(job->transport);
     return status;
+}
+
+static poe_status run_mpi_rank(rank_job *job, poe_status parse_status)
+{
+    poe_comm_settings settings = {.deadline = parse_status == POE_OK ? job->options->deadline : 0};
+    poe_comm *comm;
+    poe_status status = meet(job, &settings, parse_status, &comm);
+    bool direct = status == POE_OK && wants_fabric(job->options);
+    if (direct)
+        status = open_fabric(job, comm);
+    if (status != POE_OK) {
+        poe_comm_destroy(comm, true);
+        return status;
+    }
+    if (direct) {
+        poe_comm_destroy(comm, true);
+        status = poe_comm_create(job->transport, &settings, &comm);
+        if (status != POE_OK)
+            end_job(poe_exit_status(status));
+    }
+    return run_body(comm, job);
 }
 
 int poe_ranks_mpi(const poe_options *options, poe_status parse_status, poe_rank_body body)

@@ -7,6 +7,7 @@
 #include <string.h>
 
 #include "comm/mpi/mpi.h"
+#include "faults/net.h"
 #include "pipeline/generate.h"
 #include "pipeline/interchange.h"
 #include "pipeline/report.h"
@@ -100,6 +101,8 @@ static poe_status open_metrics(poe_run *r)
     if (status == POE_OK)
         status = poe_metrics_open(&r->metrics, path, r->resumed_run[0] ? previous : NULL, r->first_step,
                                   r->first_step - evaluated_again);
+    if (poe_comm_emulated(r->comm))
+        r->metrics.emulated = "network";
     return status;
 }
 
@@ -167,6 +170,8 @@ static poe_status report(poe_run *r, const poe_training *t, bool interrupted)
 {
     fflush(stdout);
     poe_status status = poe_comm_barrier(r->comm, "the end of training");
+    if (status == POE_OK && r->trace)
+        status = poe_trace_write(r->trace, r->options->emulate_compute ? "compute" : NULL, r->options->trace);
     if (status == POE_OK && r->rank == 0 && t->evaluated && !interrupted)
         poe_report_evaluation(r->options, &t->evaluation, r->corpus.has_tokenizer);
     bool learnt = !interrupted && !r->options->emulate_compute;
@@ -197,6 +202,10 @@ static poe_status train_run(poe_run *r)
     if (status == POE_OK)
         status = poe_comm_barrier(r->comm, "the start");
     poe_log_settle(true);
+    if (status != POE_OK)
+        return status;
+    if (r->options->trace)
+        status = poe_trace_create(r->comm, r->id, poe_clock_machine(), POE_TRACE_EVENTS, &r->trace);
     if (status != POE_OK)
         return status;
     poe_training training;
@@ -269,11 +278,19 @@ static poe_status dry_run(const poe_options *o)
 
 static poe_status check_transport(const poe_options *o, bool launched)
 {
-    if (strcmp(o->transport, "mpi") != 0 || launched)
+    if (launched || (strcmp(o->transport, "mpi") != 0 && strcmp(o->transport, "fabric") != 0))
         return POE_OK;
-    poe_error("--transport mpi needs ranks that a launcher started: --ranks %d, or mpiexec -n %d", o->stages.count,
-              o->stages.count);
+    poe_error("--transport %s needs ranks that a launcher started: --ranks %d, or mpiexec -n %d", o->transport,
+              o->stages.count, o->stages.count);
     return POE_BAD_INPUT;
+}
+
+static poe_status check_net(const poe_options *o)
+{
+    poe_net net;
+    poe_status status = poe_net_read(o->net, o->stages.count, &net);
+    poe_net_free(&net);
+    return status;
 }
 
 int poe_train_main(int argc, char **argv, poe_options *options, poe_status parse_status)
@@ -284,6 +301,8 @@ int poe_train_main(int argc, char **argv, poe_options *options, poe_status parse
     poe_status status = parse_status == POE_OK ? check_transport(options, launched) : parse_status;
     if (status == POE_OK)
         status = poe_kernels_parse(options->kernels, &kernels);
+    if (status == POE_OK)
+        status = check_net(options);
     if (status == POE_OK && options->dry_run) {
         int rank = 0, size = 1;
         poe_mpi_environment(&rank, &size);

@@ -168,7 +168,8 @@ static void polar_steps(muon_work *work, const double (*coefficients)[3], int co
 
 /* Steps on the small matrix cost 3 r + 7 against 7.5 r + 2.5 products of it, r = larger / smaller side, but what rounding
  * has done to the small eigenvalues of A grows by a^2 with each. Formed anew after three steps, A does no worse than five
- * steps of x itself: at most 4e-4 of the result's mean square, in fp32, with singular values of seven decades. */
+ * steps of x itself: at most 4e-4 of the result's mean square, in fp32, with singular values of seven decades. Products
+ * of bf16 operands would not do for that. */
 static void polar_express(muon_work *work)
 {
     static const double coefficients[][3] = {
@@ -178,7 +179,7 @@ static void polar_express(muon_work *work)
         {3.285753657755655, -2.3681294933425376, 0.46449024233003106},
         {2.3465413258596377, -1.7097828382687081, 0.42323551169305323},
     };
-    if (work->rows == work->cols) {
+    if (work->rows == work->cols || work->cpu->block) {
         for (int i = 0; i < 5; i++)
             polar_steps(work, coefficients + i, 1);
     } else {

@@ -81,6 +81,19 @@ def flag_values(folder):
     check_untouched(folder)
 
 
+def networks(folder):
+    rules = f'{folder}/rules'
+    with open(rules, 'w') as file:
+        file.write('# all\n*:rtt=5ms\n0-1:rtt=5\n')
+    for value, words in (('0-9:rtt=5ms', ("'0-9:rtt=5ms'", 'no rank 9', 'ranks are 0 to 2')),
+                         ('*:rtt=5ms;0-1:speed=5ms', ("'0-1:speed=5ms'", 'speed', 'rtt')),
+                         ('0-1:cut=5s', ('0>1', 'cut')),
+                         (rules, (rules, 'line 3', "'0-1:rtt=5'", 'allowed')), ('nothing', ('nothing', 'file'))):
+        refuse(tiny(folder, net=value), '--net', *words, launches=(poe.THREADS, poe.RANKS))
+    refuse(tiny(folder, net='0-9:rtt=5ms', dry_run=True), 'no rank 9', launches=(poe.THREADS,))
+    check_untouched(folder)
+
+
 def files(folder):
     nothing = f'{folder}/nothing'
     empty = f'{folder}/empty'
@@ -264,5 +277,19 @@ def commands(folder):
     poe.check(not os.path.exists(f'{folder}/x'), 'data left a folder')
 
 
-poe.main(stages, ranks_and_stages, sizes, flag_values, files, unreadable, shards, texts, configurations, weights, folders,
-         no_export, full_disk, not_a_number, late_infinity, other_configuration, commands)
+def plans(folder):
+    times = ['--emulate-compute', 'forward=20ms,backward=40ms']
+    for args, words in ((['--stages', '2,2', '--ranks', 5], ('--ranks', '5', '4')),
+                        (['--stages', '2,2', '--ranks', 3] + times, ('--ranks', '3', '2')),
+                        (['--stages', '2,2', '--emulate-compute', 'forward=20'], ('--emulate-compute', 'forward=20')),
+                        (['--stages', '2,2', '--net', '0-7:rtt=80ms'] + times, ('--net', '7')),
+                        (['--stages', '2,2', '--schedule', 'zb-h1'], ('--schedule', 'zb-h1')),
+                        (['--stages', '2,2', '--sync', 'late'], ('--sync', 'late')),
+                        (['--jsn'], ('--json',))):
+        refuse(['plan'] + args, *words, launches=(poe.THREADS,))
+    refuse(['--json'], '--json', launches=(poe.THREADS,))
+    poe.check(not os.listdir(folder), os.listdir(folder))
+
+
+poe.main(stages, ranks_and_stages, sizes, flag_values, networks, files, unreadable, shards, texts, configurations, weights,
+         folders, no_export, full_disk, not_a_number, late_infinity, other_configuration, commands, plans)
