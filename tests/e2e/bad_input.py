@@ -68,6 +68,9 @@ def flag_values(folder):
                            ({'sync': 'stale:0'}, ('--sync', 'stale:0', 'every:N')),
                            ({'sync': 'often'}, ('--sync', 'often')),
                            ({'head': 'px'}, ('--head', 'px', 'sh', 'ps')),
+                           ({'wire': 'fp4'}, ('--wire', 'fp4', 'bf16', 'int8')),
+                           ({'wire_shared': 'fp8'}, ('--wire-shared', 'fp8', 'bf16')),
+                           ({'objective': 'bp', 'wire_shared': 'bf16'}, ('--wire-shared bf16', '--objective bp')),
                            ({'kernels': 'sse'}, ('--kernels', 'sse', 'avx2')),
                            ({'seed': '99999999999999999999'}, ('--seed',)),
                            ({'deadline': '0'}, ('--deadline', '0.1'))):
