@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT
- * Talking between ranks. A poe_comm is one rank's end: it owns a transport (inproc, mpi; table in transport.h) and one
+ * Talking between ranks. A poe_comm is one rank's end: it owns a transport (inproc, mpi, fabric; table in transport.h) and one
  * helper thread, which alone touches the network, so that transfers go on while the rank computes and nobody spins.
  * Three things are built on it: links (ordered, credited, checked streams from one rank to another), reduces (the sum
  * of the shared gradients along a chain of ranks, in fixed order), and small collective calls along the chain
@@ -31,7 +31,7 @@ typedef struct poe_comm_settings {
 int poe_comm_rank(const poe_comm *comm);
 int poe_comm_size(const poe_comm *comm);
 int poe_comm_host_ranks(const poe_comm *comm); /* ranks of this job on this rank's host, itself included */
-const char *poe_comm_transport(const poe_comm *comm); /* "inproc", "mpi" */
+const char *poe_comm_transport(const poe_comm *comm); /* "inproc", "mpi", "fabric" */
 const char *poe_comm_emulated(const poe_comm *comm); /* lines that say how the network is emulated; NULL: it is real */
 /* Applies from now on (the deadline is a flag, known only after the start). NULL: the defaults. */
 void poe_comm_configure(poe_comm *comm, const poe_comm_settings *settings);

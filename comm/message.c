@@ -1,40 +1,14 @@
 /* SPDX-License-Identifier: MIT */
 #include "comm/message.h"
 
-#include <endian.h>
 #include <inttypes.h>
 #include <stdio.h>
 #include <string.h>
 
+#include "comm/little_endian.h"
 #include "src/crc32c.h"
 
 enum { MAGIC = 0x4d656f70 /* "poeM" */, VERSION = 1, RESERVED_AT = 80, CRC_AT = 124 };
-
-static void put32(unsigned char *wire, int at, uint32_t value)
-{
-    value = htole32(value);
-    memcpy(wire + at, &value, 4);
-}
-
-static void put64(unsigned char *wire, int at, uint64_t value)
-{
-    value = htole64(value);
-    memcpy(wire + at, &value, 8);
-}
-
-static uint32_t get32(const unsigned char *wire, int at)
-{
-    uint32_t value;
-    memcpy(&value, wire + at, 4);
-    return le32toh(value);
-}
-
-static uint64_t get64(const unsigned char *wire, int at)
-{
-    uint64_t value;
-    memcpy(&value, wire + at, 8);
-    return le64toh(value);
-}
 
 void poe_frame_encode(const poe_frame *frame, unsigned char wire[POE_FRAME_BYTES])
 {

@@ -35,19 +35,20 @@ static poe_status take_slots(poe_shared_rule *r, size_t bytes)
 poe_status poe_shared_open(poe_shared_rule *r, poe_comm *comm, poe_compute *compute, const poe_model *model,
                            const poe_optimizer_config *optimizer, const poe_shared_settings *settings, int64_t first)
 {
-    *r = (poe_shared_rule){.delay = settings->delay,
-                           .every = settings->every,
+    size_t floats = poe_stage_shared_table(compute->stage)->floats;
+    *r = (poe_shared_rule){.delay = floats ? settings->delay : 0,
+                           .every = floats ? settings->every : 0,
                            .n_steps = settings->n_steps,
                            .stage = compute->stage,
                            .compute = compute,
                            .model = model,
                            .optimizer = optimizer,
-                           .floats = poe_stage_shared_table(compute->stage)->floats,
+                           .floats = floats,
                            .oldest = first,
                            .next = first,
                            .arrived = first};
     poe_status status = take_slots(r, poe_shared_bytes(settings, r->floats));
-    if (status == POE_OK) {
+    if (status == POE_OK && floats) {
         poe_reduce_settings reduce = {.name = "shared gradients",
                                       .ranks = settings->ranks,
                                       .n_ranks = settings->n_ranks,
@@ -173,6 +174,10 @@ static poe_status step_every(poe_shared_rule *r, int64_t step)
 poe_status poe_shared_step(poe_shared_rule *r, int64_t step)
 {
     r->next = step + 1;
+    if (!r->floats) {
+        update_own(r, step);
+        return POE_OK;
+    }
     if (r->delay)
         return step_stale(r, step);
     return r->every ? step_every(r, step) : step_exact(r, step);

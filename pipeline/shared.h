@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: MIT
  * The shared parameters' rule (--sync; spec 3): when the gradients of wte, lm_head and smear meet and when their
  * update is applied. exact: at once. stale:D: the sum of step s after the gradients of step s + D. every:N: one
- * update with the mean of N steps' gradients. Every rank holds a replica and applies the same updates. */
+ * update with the mean of N steps' gradients. Every rank holds a replica and applies the same updates. Where nothing is
+ * shared (bp) there is no sum, and a step updates the stage's own parameters alone. */
 #ifndef POE_PIPELINE_SHARED_H
 #define POE_PIPELINE_SHARED_H
 

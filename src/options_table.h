@@ -60,7 +60,7 @@ void poe_option_clear(poe_options *options, const poe_option *option);
 poe_status poe_options_read_json(const char *path, const char *what, json_t **object);
 
 poe_status poe_preset_apply(poe_options *options, const char *name);
-/* What needs no model to be checked; derives sync_delay and sync_every. */
+/* What needs no model to be checked; derives sync_delay, sync_every and the ports. */
 poe_status poe_options_check(poe_options *options, poe_command command);
 
 #endif

@@ -9,6 +9,11 @@ const poe_model *poe_stage_model(const poe_stage *stage)
     return stage->model;
 }
 
+bool poe_stage_has_head(const poe_stage *stage)
+{
+    return stage->has_head;
+}
+
 const poe_tensor_table *poe_stage_own_table(const poe_stage *stage)
 {
     return &stage->own.table;
@@ -55,12 +60,6 @@ void poe_stage_parameters_changed(poe_stage *stage)
 }
 
 /* --- gradients --------------------------------------------------------------------------------------------------- */
-
-/* Floats of the own gradients, which end where the shared ones begin. */
-static size_t own_gradient_floats(const poe_stage *stage)
-{
-    return (size_t)(stage->shared.gradients - stage->own.gradients);
-}
 
 void poe_stage_clear_gradients(poe_stage *stage)
 {
@@ -140,7 +139,7 @@ void poe_stage_update_own(poe_stage *stage, const poe_rates *rates)
         const poe_tensor *tensor = &own->table.rows[row];
         if (tensor->trained)
             update_tensor(stage, own, row, rates,
-                          tensor->group == POE_GROUP_HEAD ? stage->g.head : own->gradients + tensor->offset);
+                          (int)row == stage->own_head_row ? stage->g.head : own->gradients + tensor->offset);
     }
     poe_stage_parameters_changed(stage);
 }

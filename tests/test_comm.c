@@ -129,10 +129,12 @@ static void drop_send(poe_transport *t, int peer, int channel, const void *data,
     op->done = true;
 }
 
-static const poe_transport_ops damaging = {"damaging",    pass_send, pass_receive, pass_progress,
-                                           pass_wake, pass_cancel, pass_destroy, NULL};
-static const poe_transport_ops silent = {"silent",      drop_send, pass_receive, pass_progress,
-                                         pass_wake, pass_cancel, pass_destroy, NULL};
+static const poe_transport_ops damaging = {.name = "damaging", .send = pass_send, .receive = pass_receive,
+                                           .progress = pass_progress, .wake = pass_wake, .cancel = pass_cancel,
+                                           .destroy = pass_destroy};
+static const poe_transport_ops silent = {.name = "silent", .send = drop_send, .receive = pass_receive,
+                                         .progress = pass_progress, .wake = pass_wake, .cancel = pass_cancel,
+                                         .destroy = pass_destroy};
 
 static poe_transport *decorate(poe_transport *transport, const poe_transport_ops *ops)
 {

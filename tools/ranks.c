@@ -7,6 +7,7 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "comm/fabric/fabric.h"
 #include "comm/inproc/inproc.h"
 #include "comm/mpi/mpi.h"
 #include "faults/net.h"
@@ -113,10 +114,11 @@ int poe_ranks_threads(int size, const poe_options *options, poe_rank_body body)
 static poe_status check_size(const poe_options *options, int size)
 {
     if (strcmp(options->transport, "inproc") == 0) {
-        poe_error("--transport inproc runs all stages in one process, but %d ranks were started; start one, or give mpi",
-                  size);
+        poe_error("--transport inproc runs all ranks in one process, but %d were started; start one, or give mpi", size);
         return POE_BAD_INPUT;
     }
+    if (strcmp(options->schedule, "ddp") == 0)
+        return poe_options_check_ranks(options, size);
     if (size == options->stages.count)
         return POE_OK;
     poe_error("--stages has %d stages, but %d ranks were started; start one rank per stage (mpiexec -n %d), or one for all",
@@ -124,24 +126,63 @@ static poe_status check_size(const poe_options *options, int size)
     return POE_BAD_INPUT;
 }
 
-static poe_status run_mpi_rank(rank_job *job, poe_status parse_status)
+static bool wants_fabric(const poe_options *options)
 {
+    return strcmp(options->transport, "fabric") == 0;
+}
+
+/* The ranks meet over MPI, agree on what they were started with, and stay there unless the fabric is to carry the run.
+ * On failure all return the same. */
+static poe_status meet(rank_job *job, const poe_comm_settings *settings, poe_status parse_status, poe_comm **comm)
+{
+    bool direct = parse_status == POE_OK && wants_fabric(job->options);
     poe_status status = poe_mpi_create(&job->transport), mine = parse_status;
-    poe_comm_settings settings = {.deadline = parse_status == POE_OK ? job->options->deadline : 0};
-    poe_comm *comm;
     if (status == POE_OK && mine == POE_OK)
         mine = check_size(job->options, job->size);
-    if (status == POE_OK && mine == POE_OK)
+    if (status == POE_OK && mine == POE_OK && !direct)
         mine = wrap(job->options, 1, &job->transport);
     if (status == POE_OK)
-        status = poe_comm_create(job->transport, &settings, &comm);
+        status = poe_comm_create(job->transport, settings, comm);
     if (status != POE_OK)
         end_job(poe_exit_status(status));
-    status = poe_comm_agree(comm, mine);
-    if (status == POE_OK)
-        return run_body(comm, job);
-    poe_comm_destroy(comm, true);
+    return poe_comm_agree(*comm, mine);
+}
+
+static poe_status open_fabric(rank_job *job, poe_comm *over)
+{
+    const poe_options *o = job->options;
+    poe_fabric_settings settings = {.provider = o->fabric_provider,
+                                    .interface = o->interface,
+                                    .port_low = o->port_low,
+                                    .port_high = o->port_high};
+    poe_status status = poe_fabric_create(over, &settings, &job->transport);
+    if (status != POE_OK)
+        return status;
+    status = poe_comm_agree(over, wrap(o, 1, &job->transport));
+    if (status != POE_OK)
+        job->transport->ops->destroy(job->transport);
     return status;
+}
+
+static poe_status run_mpi_rank(rank_job *job, poe_status parse_status)
+{
+    poe_comm_settings settings = {.deadline = parse_status == POE_OK ? job->options->deadline : 0};
+    poe_comm *comm;
+    poe_status status = meet(job, &settings, parse_status, &comm);
+    bool direct = status == POE_OK && wants_fabric(job->options);
+    if (direct)
+        status = open_fabric(job, comm);
+    if (status != POE_OK) {
+        poe_comm_destroy(comm, true);
+        return status;
+    }
+    if (direct) {
+        poe_comm_destroy(comm, true);
+        status = poe_comm_create(job->transport, &settings, &comm);
+        if (status != POE_OK)
+            end_job(poe_exit_status(status));
+    }
+    return run_body(comm, job);
 }
 
 int poe_ranks_mpi(const poe_options *options, poe_status parse_status, poe_rank_body body)
@@ -155,7 +196,7 @@ int poe_ranks_mpi(const poe_options *options, poe_status parse_status, poe_rank_
     if (job.size == 1) {
         poe_control_stop();
         poe_log_settle(true);
-        int exit_status = parse_status == POE_OK ? poe_ranks_threads(options->stages.count, options, body)
+        int exit_status = parse_status == POE_OK ? poe_ranks_threads(poe_options_rank_count(options), options, body)
                                                  : poe_exit_status(parse_status);
         poe_mpi_finish();
         return exit_status;

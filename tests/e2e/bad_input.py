@@ -50,8 +50,7 @@ def sizes(folder):
                            ({'n_head': 4, 'n_kv_head': 3}, ('--n-kv-head', '3')),
                            ({'total_batch_size': 100}, ('--total-batch-size', '100', '64', '128')),
                            ({'window_pattern': 'SXL'}, ('--window-pattern', 'SXL')),
-                           ({'objective': 'bp'}, ('--objective', 'bp')),
-                           ({'objective': 'hierarchical'}, ('--objective', 'hierarchical')),
+                           ({'objective': 'local'}, ('--objective', 'local', 'hierarchical')),
                            ({'n_embd': 30, 'n_head': 2}, ('head',)),
                            ({'vocab_size': 10}, ('tokens.bin', '10'))):
         refuse(tiny(folder, **changes), *words, launches=(poe.THREADS, poe.RANKS))
@@ -275,5 +274,19 @@ def commands(folder):
     poe.check(not os.path.exists(f'{folder}/x'), 'data left a folder')
 
 
-poe.main(stages, ranks_and_stages, sizes, flag_values, networks, files, unreadable, shards, texts, configurations, weights, folders,
-         no_export, full_disk, not_a_number, late_infinity, other_configuration, commands)
+def plans(folder):
+    times = ['--emulate-compute', 'forward=20ms,backward=40ms']
+    for args, words in ((['--stages', '2,2', '--ranks', 5], ('--ranks', '5', '4')),
+                        (['--stages', '2,2', '--ranks', 3] + times, ('--ranks', '3', '2')),
+                        (['--stages', '2,2', '--emulate-compute', 'forward=20'], ('--emulate-compute', 'forward=20')),
+                        (['--stages', '2,2', '--net', '0-7:rtt=80ms'] + times, ('--net', '7')),
+                        (['--stages', '2,2', '--schedule', 'zb-h1'], ('--schedule', 'zb-h1')),
+                        (['--stages', '2,2', '--sync', 'late'], ('--sync', 'late')),
+                        (['--jsn'], ('--json',))):
+        refuse(['plan'] + args, *words, launches=(poe.THREADS,))
+    refuse(['--json'], '--json', launches=(poe.THREADS,))
+    poe.check(not os.listdir(folder), os.listdir(folder))
+
+
+poe.main(stages, ranks_and_stages, sizes, flag_values, networks, files, unreadable, shards, texts, configurations, weights,
+         folders, no_export, full_disk, not_a_number, late_infinity, other_configuration, commands, plans)
