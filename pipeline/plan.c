@@ -394,9 +394,7 @@ static poe_status measure_memory(const poe_plan_settings *s, const poe_options *
     poe_layout layout;
     poe_layout_init(&layout, o, s->n_ranks);
     for (int k = 0; status == POE_OK && k < s->n_ranks; k++) {
-        poe_run_memory memory;
-        status = poe_run_size(o, model, &layout, poe_layout_stage(&layout, k), threads, &memory);
-        plan->memory[k] = (double)poe_run_memory_total(&memory);
+        status = poe_run_size(o, model, &layout, poe_layout_stage(&layout, k), threads, &plan->memory[k]);
     }
     free(model);
     return status;

@@ -63,10 +63,15 @@ static int layers_at(const poe_plan *plan, int rank)
     return layout->layers[rank < layout->count ? rank : 0];
 }
 
+static double memory_at(const poe_plan *plan, int rank)
+{
+    return (double)poe_run_memory_total(&plan->memory[rank]);
+}
+
 static bool alike(const poe_plan *plan, int a, int b)
 {
     const poe_plan_case *asked = &plan->cases[0];
-    return layers_at(plan, a) == layers_at(plan, b) && plan->memory[a] == plan->memory[b] &&
+    return layers_at(plan, a) == layers_at(plan, b) && memory_at(plan, a) == memory_at(plan, b) &&
            fabs(asked->result.busy[a] - asked->result.busy[b]) <= 1e-9 * asked->result.step &&
            memcmp(&asked->job.ranks[a], &asked->job.ranks[b], sizeof(asked->job.ranks[a])) == 0;
 }
@@ -78,7 +83,7 @@ static void print_rank(const poe_plan *plan, const char *name, int k)
     char a[32], b[32], c[32], d[32], e[32];
     printf("%6s %7d %11s %11s %11s %12s %7.1f %% %11s\n", name, layers_at(plan, k), time_text(rank->forward, a),
            time_text(rank->backward, b), time_text(rank->update_own + rank->update_shared, c),
-           time_text(asked->result.busy[k], d), 100 * share_idle(&asked->result, k), bytes_text(plan->memory[k], e));
+           time_text(asked->result.busy[k], d), 100 * share_idle(&asked->result, k), bytes_text(memory_at(plan, k), e));
 }
 
 /* Ranks that are alike in a row share a line. */
@@ -201,6 +206,14 @@ static json_t *case_json(const poe_plan *plan, const poe_plan_case *c)
                      result->fill, "formula", c->closed > 0 ? json_real(c->closed) : json_null());
 }
 
+static json_t *memory_json(const poe_run_memory *m)
+{
+    return json_pack("{s:f, s:f, s:f, s:f, s:f, s:f, s:f, s:s}", "parameters", (double)m->parameters, "gradients",
+                     (double)m->gradients, "optimizer", (double)m->optimizer, "activations", (double)m->activations,
+                     "pending", (double)m->pending, "messages", (double)m->messages, "scratch", (double)m->scratch,
+                     "recompute", poe_recompute_name(m->recompute));
+}
+
 static json_t *ranks_json(const poe_plan_settings *s, const poe_plan *plan)
 {
     const poe_plan_case *asked = &plan->cases[0];
@@ -208,11 +221,11 @@ static json_t *ranks_json(const poe_plan_settings *s, const poe_plan *plan)
     for (int k = 0; k < s->n_ranks; k++) {
         const poe_theory_rank *rank = &asked->job.ranks[k];
         json_array_append_new(
-            list, json_pack("{s:f, s:f, s:f, s:f, s:f, s:f, s:f, s:f, s:f}", "forward", rank->forward, "backward",
+            list, json_pack("{s:f, s:f, s:f, s:f, s:f, s:f, s:f, s:f, s:f, s:o}", "forward", rank->forward, "backward",
                             rank->backward, "backward_input", rank->backward_input, "backward_weight",
                             rank->backward_weight, "update_own", rank->update_own, "update_shared", rank->update_shared,
                             "busy", asked->result.busy[k], "idle", share_idle(&asked->result, k), "memory",
-                            plan->memory[k]));
+                            memory_at(plan, k), "memory_parts", memory_json(&plan->memory[k])));
     }
     return list;
 }
