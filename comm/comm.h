@@ -2,8 +2,8 @@
  * Talking between ranks. A poe_comm is one rank's end: it owns a transport (inproc, mpi, fabric; table in transport.h) and one
  * helper thread, which alone touches the network, so that transfers go on while the rank computes and nobody spins.
  * Three things are built on it: links (ordered, credited, checked streams from one rank to another), reduces (the sum
- * of the shared gradients along a chain of ranks, in fixed order), and small collective calls along the chain
- * 0-1-...-size-1. Nothing here knows what a layer is.
+ * of the shared gradients along a chain of ranks, in fixed order), and small collective calls along a tree. Nothing here
+ * knows what a layer is.
  *
  * Waiting: every call that waits sleeps, and fails with POE_PEER_LOST, said, when the rank it waits for has given no
  * sign of life for `deadline` seconds (ranks that talk to each other exchange heartbeats): the sentence names both

@@ -412,7 +412,7 @@ static void print_traffic(const poe_run *r, const rank_facts *all)
 static poe_status write_idle(poe_run *r, const rank_facts *all)
 {
     json_t *whole = json_array(), *fill = json_array(), *after = json_array(), *accounts = json_array();
-    json_t *sent = json_array(), *dense = json_array();
+    json_t *sent = json_array(), *dense = json_array(), *memory = json_array();
     for (int k = 0; k < r->size; k++) {
         json_array_append_new(whole, json_real(idle(&all[k], 0)));
         json_array_append_new(fill, json_real(all[k].fill));
@@ -420,9 +420,11 @@ static poe_status write_idle(poe_run *r, const rank_facts *all)
         json_array_append_new(accounts, poe_account_json(&all[k].times));
         json_array_append_new(sent, json_real(all[k].sent));
         json_array_append_new(dense, json_real(all[k].dense));
+        json_array_append_new(memory, json_pack("{s:I, s:I}", "arenas", (json_int_t)all[k].arenas, "peak",
+                                                (json_int_t)all[k].peak));
     }
-    json_t *object = json_pack("{s:o, s:o, s:o, s:o, s:o, s:o}", "idle", whole, "fill", fill, "idle_after_fill", after,
-                               "accounts", accounts, "step_bytes", sent, "step_bytes_fp32", dense);
+    json_t *object = json_pack("{s:o, s:o, s:o, s:o, s:o, s:o, s:o}", "idle", whole, "fill", fill, "idle_after_fill", after,
+                               "accounts", accounts, "step_bytes", sent, "step_bytes_fp32", dense, "memory", memory);
     if (r->options->emulate_compute)
         json_object_set_new(object, "emulated", json_string("compute"));
     return poe_metrics_write(&r->metrics, object);

@@ -87,9 +87,10 @@ static bool wants_bf16(const poe_options *o)
 static poe_status agree_on_kernels(poe_run *r)
 {
     poe_status status = poe_kernels_parse(r->options->kernels, &r->kernels);
-    if (status == POE_OK)
+    bool computes = !r->options->emulate_compute;
+    if (status == POE_OK && computes)
         status = poe_blas_check();
-    if (status == POE_OK && wants_bf16(r->options))
+    if (status == POE_OK && computes && wants_bf16(r->options))
         status = poe_bf16_check(r->kernels);
     status = poe_comm_agree(r->comm, status);
     char all[POE_MAX_STAGES][sizeof(r->arithmetic)];
@@ -350,7 +351,7 @@ static poe_status fill_parameters(poe_run *r)
         status = load_checkpoint(r);
     } else if (r->options->init_from) {
         status = poe_import(r->options->init_from, &r->model, r->stage);
-    } else {
+    } else if (!r->options->emulate_compute) {
         uint64_t seed = (uint64_t)r->options->seed;
         poe_model_initialise(&r->model, poe_stage_own_table(r->stage), seed, poe_stage_own_values(r->stage));
         poe_model_initialise(&r->model, poe_stage_shared_table(r->stage), seed, poe_stage_shared_values(r->stage));
