@@ -7,6 +7,7 @@
 #include <jansson.h>
 
 #include "pipeline/calibrate.h"
+#include "pipeline/run.h"
 #include "pipeline/theory.h"
 #include "src/options.h"
 
@@ -44,7 +45,7 @@ typedef struct poe_plan {
     poe_plan_case cases[POE_PLAN_CASES]; /* [0]: as the flags have it */
     int smallest_delay;                  /* D of stale:D that streams in case 0; 0: nothing is shared */
     double tokens;                       /* of a step */
-    double memory[POE_THEORY_RANKS];     /* bytes of each rank in case 0 */
+    poe_run_memory memory[POE_THEORY_RANKS]; /* of each rank in case 0 */
     double down_bytes, up_bytes;         /* per step, on the link from a rank to the next, and back, in case 0 */
     int n_balances;
     poe_plan_balance balances[POE_PLAN_RANKS];

@@ -63,10 +63,15 @@ static int layers_at(const poe_plan *plan, int rank)
     return layout->layers[rank < layout->count ? rank : 0];
 }
 
+static double memory_at(const poe_plan *plan, int rank)
+{
+    return (double)poe_run_memory_total(&plan->memory[rank]);
+}
+
 static bool alike(const poe_plan *plan, int a, int b)
 {
     const poe_plan_case *asked = &plan->cases[0];
-    return layers_at(plan, a) == layers_at(plan, b) && plan->memory[a] == plan->memory[b] &&
+    return layers_at(plan, a) == layers_at(plan, b) && memory_at(plan, a) == memory_at(plan, b) &&
            fabs(asked->result.busy[a] - asked->result.busy[b]) <= 1e-9 * asked->result.step &&
            memcmp(&asked->job.ranks[a], &asked->job.ranks[b], sizeof(asked->job.ranks[a])) == 0;
 }
@@ -78,7 +83,7 @@ static void print_rank(const poe_plan *plan, const char *name, int k)
     char a[32], b[32], c[32], d[32], e[32];
     printf("%6s %7d %11s %11s %11s %12s %7.1f %% %11s\n", name, layers_at(plan, k), time_text(rank->forward, a),
            time_text(rank->backward, b), time_text(rank->update_own + rank->update_shared, c),
-           time_text(asked->result.busy[k], d), 100 * share_idle(&asked->result, k), bytes_text(plan->memory[k], e));
+           time_text(asked->result.busy[k], d), 100 * share_idle(&asked->result, k), bytes_text(memory_at(plan, k), e));
 }
 
 /* Ranks that are alike in a row share a line. */
@@ -105,7 +110,8 @@ static void print_cases(const poe_plan *plan)
         char rule[32], step[32], closed[32], layout[512];
         printf("%-16s  %-8s  %-10s %9s %12.0f %6.1f %% %11s   %s\n", c->name, poe_schedule_name(c->job.schedule),
                rule_text(&c->job, rule), time_text(c->result.step, step), plan->tokens / c->result.step,
-               100 * c->result.idle, c->closed > 0 ? time_text(c->closed, closed) : "-", layout_text(&c->layout, layout));
+               100 * c->result.idle, c->closed > 0 ? time_text(c->closed, closed) : "-",
+               layout_text(&c->layout, layout));
     }
 }
 
@@ -155,10 +161,12 @@ static void print_advice(const poe_plan *plan)
         printf("fill      %s until the last rank has its first input; %s\n", time_text(asked->result.fill, a),
                asked->job.delay || asked->job.schedule == POE_SCHEDULE_ZB_H2 ? "once a run" : "once a step");
     if (plan->smallest_delay > POE_OPTION_DELAY)
-        printf("streaming would need --sync stale:%d; at most %d are allowed\n", plan->smallest_delay, POE_OPTION_DELAY);
+        printf("streaming would need --sync stale:%d; at most %d are allowed\n", plan->smallest_delay,
+               POE_OPTION_DELAY);
     else if (plan->smallest_delay)
-        printf("streaming --sync stale:%d is the least that never waits for a total: (P-1)(forward + round trip) + transfer "
-               "<= D steps\n", plan->smallest_delay);
+        printf("streaming --sync stale:%d is the least that never waits for a total: (P-1)(forward + round trip) + "
+               "transfer <= D steps\n",
+               plan->smallest_delay);
 }
 
 void poe_plan_print(const poe_plan_settings *s, const poe_plan *plan, const char *rates, const char *network)
@@ -167,7 +175,8 @@ void poe_plan_print(const poe_plan_settings *s, const poe_plan *plan, const char
     const poe_theory_job *job = &plan->cases[0].job;
     char layout[512];
     printf("plan      %d ranks, stages %s, --objective %s, %d micro-batches of %d x %d tokens a step\n", s->n_ranks,
-           layout_text(&plan->cases[0].layout, layout), o->objective, job->n_micro, o->device_batch_size, o->sequence_len);
+           layout_text(&plan->cases[0].layout, layout), o->objective, job->n_micro, o->device_batch_size,
+           o->sequence_len);
     printf("rates     %s\n", rates);
     printf("network   %s\n", network);
     print_ranks(s, plan);
@@ -197,6 +206,14 @@ static json_t *case_json(const poe_plan *plan, const poe_plan_case *c)
                      result->fill, "formula", c->closed > 0 ? json_real(c->closed) : json_null());
 }
 
+static json_t *memory_json(const poe_run_memory *m)
+{
+    return json_pack("{s:f, s:f, s:f, s:f, s:f, s:f, s:f, s:s}", "parameters", (double)m->parameters, "gradients",
+                     (double)m->gradients, "optimizer", (double)m->optimizer, "activations", (double)m->activations,
+                     "pending", (double)m->pending, "messages", (double)m->messages, "scratch", (double)m->scratch,
+                     "recompute", poe_recompute_name(m->recompute));
+}
+
 static json_t *ranks_json(const poe_plan_settings *s, const poe_plan *plan)
 {
     const poe_plan_case *asked = &plan->cases[0];
@@ -204,11 +221,11 @@ static json_t *ranks_json(const poe_plan_settings *s, const poe_plan *plan)
     for (int k = 0; k < s->n_ranks; k++) {
         const poe_theory_rank *rank = &asked->job.ranks[k];
         json_array_append_new(
-            list, json_pack("{s:f, s:f, s:f, s:f, s:f, s:f, s:f, s:f, s:f}", "forward", rank->forward, "backward",
+            list, json_pack("{s:f, s:f, s:f, s:f, s:f, s:f, s:f, s:f, s:f, s:o}", "forward", rank->forward, "backward",
                             rank->backward, "backward_input", rank->backward_input, "backward_weight",
                             rank->backward_weight, "update_own", rank->update_own, "update_shared", rank->update_shared,
                             "busy", asked->result.busy[k], "idle", share_idle(&asked->result, k), "memory",
-                            plan->memory[k]));
+                            memory_at(plan, k), "memory_parts", memory_json(&plan->memory[k])));
     }
     return list;
 }
@@ -217,9 +234,10 @@ static json_t *links_json(const poe_theory_job *job)
 {
     json_t *list = json_array();
     for (int k = 0; k + 1 < job->n_ranks; k++)
-        json_array_append_new(list, json_pack("{s:f, s:f, s:f, s:f}", "down_latency", job->down[k].latency,
-                                              "down_bandwidth", job->down[k].bandwidth, "up_latency", job->up[k].latency,
-                                              "up_bandwidth", job->up[k].bandwidth));
+        json_array_append_new(
+            list, json_pack("{s:f, s:f, s:f, s:f}", "down_latency", job->down[k].latency, "down_bandwidth",
+                            job->down[k].bandwidth, "up_latency", job->up[k].latency, "up_bandwidth",
+                            job->up[k].bandwidth));
     return list;
 }
 
@@ -241,8 +259,8 @@ json_t *poe_plan_json(const poe_plan_settings *s, const poe_plan *plan, const ch
         json_array_append_new(cases, case_json(plan, &plan->cases[i]));
     for (int i = 0; i < plan->n_balances; i++)
         json_array_append_new(balances, balance_json(&plan->balances[i]));
-    return json_pack("{s:s, s:s, s:f, s:o, s:o, s:f, s:f, s:f, s:f, s:f, s:i, s:o, s:o}", "rates", rates, "network", network,
-                     "tokens", plan->tokens, "ranks", ranks_json(s, plan), "links", links_json(job), "forward_bytes",
+    return json_pack("{s:s, s:s, s:f, s:o, s:o, s:f, s:f, s:f, s:f, s:f, s:i, s:o, s:o}", "rates", rates, "network",
+                     network, "tokens", plan->tokens, "ranks", ranks_json(s, plan), "links", links_json(job), "forward_bytes",
                      job->forward_bytes, "backward_bytes", job->backward_bytes, "shared_bytes",
                      job->shares ? job->shared_bytes : 0.0, "down_bytes", plan->down_bytes, "up_bytes", plan->up_bytes,
                      "smallest_delay", plan->smallest_delay, "cases", cases, "balance", balances);

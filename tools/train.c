@@ -91,9 +91,7 @@ static poe_status write_tokenizer(const poe_run *r)
 static poe_status open_metrics(poe_run *r)
 {
     static const char name[] = "metrics.jsonl";
-    char *path = malloc(POE_PATH_MAX), previous[POE_PATH_MAX];
-    if (!path)
-        return POE_FAILED;
+    char path[POE_PATH_MAX], previous[POE_PATH_MAX];
     bool evaluated_again = r->corpus.n_eval && r->first_step == r->options->num_iterations;
     poe_status status = poe_path(path, "%s/%s", r->out, name);
     if (status == POE_OK)

@@ -197,6 +197,8 @@ def plan_of_this_machine(folder):
     plan = planned(args)
     for rank in plan['ranks']:
         poe.check(rank['forward'] > 0 and rank['backward'] > 0 and rank['memory'] > 0 and 0 <= rank['idle'] < 1, rank)
+        parts = {k: v for k, v in rank['memory_parts'].items() if k != 'recompute'}.values()
+        poe.check(sum(parts) == rank['memory'], rank)
     poe.check({'asked', '1f1b'} <= {c['name'] for c in plan['cases']}, plan['cases'])
     poe.check(plan['forward_bytes'] >= 32 * 32 * 4 and plan['down_bytes'] > 4 * plan['forward_bytes'], plan)
     poe.check([b['ranks'] for b in plan['balance']] == [2, 4] and plan['rates'].startswith('measured'), plan)
