@@ -182,7 +182,9 @@ poe_status poe_comm_gather(poe_comm *comm, const void *mine, void *all, size_t b
     return gather(comm, GATHER, "a gathering", mine, all, bytes);
 }
 
-/* From `root` towards rank 0, and from every rank on that way to the others below it. */
+/* From `root` towards rank 0, and from every rank on that way to the others below it. Those have nothing to send towards
+ * the root of the tree and do so all the same: every call begins in that direction, lest two ranks that are in different
+ * ones should wait for each other. */
 poe_status poe_comm_broadcast(poe_comm *comm, int root, void *data, size_t bytes)
 {
     poe_chain *chain = comm->chain;
@@ -191,10 +193,12 @@ poe_status poe_comm_broadcast(poe_comm *comm, int root, void *data, size_t bytes
     chain->calls++;
     chain->name = "a broadcast";
     for (int i = 0; status == POE_OK && i < chain->n_children; i++)
-        if (holds(chain->children[i], root))
-            status = transfer(chain, BROADCAST, false, chain->children[i].first, data, bytes);
+        status = transfer(chain, BROADCAST, false, chain->children[i].first, data,
+                          holds(chain->children[i], root) ? bytes : 0);
     if (status == POE_OK && chain->parent >= 0)
-        status = transfer(chain, BROADCAST, above, chain->parent, data, bytes);
+        status = transfer(chain, BROADCAST, true, chain->parent, data, above ? bytes : 0);
+    if (status == POE_OK && chain->parent >= 0 && !above)
+        status = transfer(chain, BROADCAST, false, chain->parent, data, bytes);
     for (int i = 0; status == POE_OK && i < chain->n_children; i++)
         if (!holds(chain->children[i], root))
             status = transfer(chain, BROADCAST, true, chain->children[i].first, data, bytes);

@@ -271,8 +271,8 @@ static double head_flops(const poe_model *m, size_t rows, size_t positions)
 /* The deep stage, forward and backward. */
 static double pass_flops(const poe_model *model, const probe *p)
 {
-    double narrower = p->narrower * p->narrower;
-    return (3 * DEEP * layer_flops(model, p->rows, p->positions, true) + head_flops(model, p->rows, p->positions)) / narrower;
+    double layers = 3 * DEEP * layer_flops(model, p->rows, p->positions, true);
+    return (layers + head_flops(model, p->rows, p->positions)) / (p->narrower * p->narrower);
 }
 
 static bool can_narrow(const poe_model_config *c, int mlp_dim, int narrower)

@@ -43,9 +43,14 @@ static void update_own(poe_compute *c, const poe_rates *rates)
     poe_stage_update_own(c->stage, rates);
 }
 
-static void update_shared(poe_compute *c, const poe_rates *rates, const float *sum)
+static bool shared_part_finite(const poe_compute *c, poe_shared_part part)
 {
-    poe_stage_update_shared(c->stage, rates, sum);
+    return poe_stage_shared_part_finite(c->stage, part);
+}
+
+static void update_shared_part(poe_compute *c, poe_shared_part part, const poe_rates *rates, const float *sum)
+{
+    poe_stage_update_shared_part(c->stage, part, rates, sum);
 }
 
 static void clear_gradients(poe_compute *c)
@@ -53,9 +58,9 @@ static void clear_gradients(poe_compute *c)
     poe_stage_clear_gradients(c->stage);
 }
 
-static void clear_shared_gradients(poe_compute *c)
+static void clear_shared_part(poe_compute *c, poe_shared_part part)
 {
-    poe_stage_clear_shared_gradients(c->stage);
+    poe_stage_clear_shared_part(c->stage, part);
 }
 
 static const poe_compute_ops computing = {
@@ -65,9 +70,10 @@ static const poe_compute_ops computing = {
     .backward_weight = backward_weight,
     .gradients_finite = gradients_finite,
     .update_own = update_own,
-    .update_shared = update_shared,
+    .shared_part_finite = shared_part_finite,
+    .update_shared_part = update_shared_part,
     .clear_gradients = clear_gradients,
-    .clear_shared_gradients = clear_shared_gradients,
+    .clear_shared_part = clear_shared_part,
 };
 
 void poe_compute_init(poe_compute *c, poe_stage *stage)
@@ -159,15 +165,26 @@ static void emulated_update_own(poe_compute *c, const poe_rates *rates)
     poe_account_enter(a, POE_ACCOUNT_OPTIMIZER, a->step, a->micro);
 }
 
-static void emulated_update_shared(poe_compute *c, const poe_rates *rates, const float *sum)
+static bool emulated_part_finite(const poe_compute *c, poe_shared_part part)
 {
-    (void)c, (void)rates, (void)sum;
+    (void)c, (void)part;
+    return true;
+}
+
+static void emulated_update_part(poe_compute *c, poe_shared_part part, const poe_rates *rates, const float *sum)
+{
+    (void)c, (void)part, (void)rates, (void)sum;
 }
 
 /* Nothing was ever added to them. */
 static void emulated_clear(poe_compute *c)
 {
     (void)c;
+}
+
+static void emulated_clear_part(poe_compute *c, poe_shared_part part)
+{
+    (void)c, (void)part;
 }
 
 static const poe_compute_ops emulating = {
@@ -177,9 +194,10 @@ static const poe_compute_ops emulating = {
     .backward_weight = emulated_backward_weight,
     .gradients_finite = emulated_gradients_finite,
     .update_own = emulated_update_own,
-    .update_shared = emulated_update_shared,
+    .shared_part_finite = emulated_part_finite,
+    .update_shared_part = emulated_update_part,
     .clear_gradients = emulated_clear,
-    .clear_shared_gradients = emulated_clear,
+    .clear_shared_part = emulated_clear_part,
 };
 
 void poe_compute_emulate(poe_compute *c, poe_stage *stage, poe_accounts *accounts,

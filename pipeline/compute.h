@@ -22,9 +22,10 @@ typedef struct poe_compute_ops {
     void (*backward_weight)(poe_compute *compute, int slot);
     bool (*gradients_finite)(const poe_compute *compute);
     void (*update_own)(poe_compute *compute, const poe_rates *rates);
-    void (*update_shared)(poe_compute *compute, const poe_rates *rates, const float *sum);
+    bool (*shared_part_finite)(const poe_compute *compute, poe_shared_part part);
+    void (*update_shared_part)(poe_compute *compute, poe_shared_part part, const poe_rates *rates, const float *sum);
     void (*clear_gradients)(poe_compute *compute);
-    void (*clear_shared_gradients)(poe_compute *compute);
+    void (*clear_shared_part)(poe_compute *compute, poe_shared_part part);
 } poe_compute_ops;
 
 struct poe_compute {

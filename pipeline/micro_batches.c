@@ -91,6 +91,21 @@ static bool speaks_first(const poe_run *r)
     return !poe_comm_stop_wanted(r->comm);
 }
 
+/* The shared parameters' update of the step before, if it has not been done: once a step. */
+static poe_status before_forward(poe_micro_batches *m, const poe_batch *batch)
+{
+    if (batch->micro == 0)
+        enter(m, POE_ACCOUNT_OPTIMIZER, batch);
+    return poe_shared_before_forward(&m->run->shared);
+}
+
+static poe_status before_backward(poe_micro_batches *m, const poe_batch *batch)
+{
+    if (batch->micro == 0)
+        enter(m, POE_ACCOUNT_OPTIMIZER, batch);
+    return poe_shared_before_backward(&m->run->shared, m->step, batch->micro == m->run->layout.micro_batches - 1);
+}
+
 static poe_status forward(poe_micro_batches *m, poe_batch *batch, int slot)
 {
     poe_run *r = m->run;
@@ -103,6 +118,8 @@ static poe_status forward(poe_micro_batches *m, poe_batch *batch, int slot)
     enter(m, POE_ACCOUNT_SEND, batch);
     if (status == POE_OK)
         status = poe_streams_output(&r->streams, batch, &out);
+    if (status == POE_OK)
+        status = before_forward(m, batch);
     if (status != POE_OK)
         return status;
     enter(m, POE_ACCOUNT_FORWARD, batch);
@@ -141,6 +158,8 @@ static poe_status backward(poe_micro_batches *m, const poe_batch *batch, int slo
     enter(m, POE_ACCOUNT_SEND, batch);
     if (status == POE_OK)
         status = poe_streams_input_gradient(streams, batch, &d_in);
+    if (status == POE_OK)
+        status = before_backward(m, batch);
     if (status == POE_OK)
         status = compute_backward(m, batch, slot, input, &d_out, &d_in);
     if (status != POE_OK)
@@ -183,7 +202,7 @@ static poe_status run_task(poe_micro_batches *m, poe_task task)
 static poe_status check_gradients(poe_micro_batches *m)
 {
     poe_run *r = m->run;
-    if (r->compute.ops->gradients_finite(&r->compute))
+    if (poe_shared_gradients_finite(&r->shared))
         return POE_OK;
     if (speaks_first(r))
         poe_error("step %lld: a gradient of stage %d is not finite; stopped before that stage's update",

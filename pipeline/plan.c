@@ -8,8 +8,22 @@
 #include "pipeline/layout.h"
 #include "pipeline/run.h"
 #include "pipeline/settings.h"
+#include "src/log.h"
 
 const int poe_plan_micro[POE_PLAN_MICRO] = {1, 2, 4, 8, 16, 32, 64};
+
+static poe_status out_of_memory(void)
+{
+    poe_error("out of memory for the plan");
+    return POE_FAILED;
+}
+
+/* The caller frees *model in any case. */
+static poe_status new_model(const poe_options *o, poe_model **model)
+{
+    *model = malloc(sizeof(**model));
+    return *model ? poe_settings_model(o, o->vocab_size, *model) : out_of_memory();
+}
 
 /* --- what a stage takes ------------------------------------------------------------------------------------------------ */
 
@@ -108,8 +122,8 @@ static void set_links(const poe_plan_settings *s, poe_theory_job *job)
 /* Of the run that `o` describes: its stages, objective, schedule, rule and batch. */
 static poe_status make_job(const poe_plan_settings *s, const poe_options *o, int n_ranks, poe_theory_job *job)
 {
-    poe_model *model = malloc(sizeof(*model));
-    poe_status status = model ? poe_settings_model(o, o->vocab_size, model) : POE_FAILED;
+    poe_model *model;
+    poe_status status = new_model(o, &model);
     poe_layout layout;
     poe_layout_init(&layout, o, n_ranks);
     *job = (poe_theory_job){.schedule = layout.schedule,
@@ -201,8 +215,8 @@ static int layers_of(const poe_options *o)
 /* Sets o->stages to the most even ones over n_ranks. */
 static poe_status spread(const poe_plan_settings *s, poe_options *o, int n_ranks)
 {
-    poe_model *model = malloc(sizeof(*model));
-    poe_status status = model ? poe_settings_model(o, o->vocab_size, model) : POE_FAILED;
+    poe_model *model;
+    poe_status status = new_model(o, &model);
     if (status == POE_OK) {
         const poe_calibration *c = s->calibration;
         bool local = strcmp(o->objective, "poe") == 0, all_predict = strcmp(o->objective, "bp") != 0;
@@ -254,7 +268,7 @@ static poe_status compare(rivals *r, int n_micro, double *exact, double *stale)
     set_micro_batches(&r->poe, n_micro);
     set_micro_batches(&r->base, n_micro);
     as_poe(&r->poe, 0);
-    poe_status status = cases ? solve_case(r->settings, &r->base, r->n_ranks, "1f1b", &cases[0]) : POE_FAILED;
+    poe_status status = cases ? solve_case(r->settings, &r->base, r->n_ranks, "1f1b", &cases[0]) : out_of_memory();
     if (status == POE_OK)
         status = solve_case(r->settings, &r->poe, r->n_ranks, "exact", &cases[1]);
     if (status == POE_OK) {
@@ -308,7 +322,7 @@ static poe_status weigh(const poe_plan_settings *s, int n_ranks, poe_plan_balanc
     return status == POE_OK ? find_until(&r, true, &balance->until_stale) : status;
 }
 
-/* At 2, 4, 8, ... ranks that the layers allow, and at the number that was asked for; given times hold for that alone. */
+/* At 2, 4, 8, ... ranks that the layers allow, and at the number that was asked for; given times hold for it alone. */
 static poe_status weigh_all(const poe_plan_settings *s, poe_plan *plan)
 {
     int layers = layers_of(s->options), most = layers < 64 ? layers : 64;
@@ -374,8 +388,8 @@ static poe_status add_baseline(const poe_plan_settings *s, const poe_options *as
 
 static poe_status measure_memory(const poe_plan_settings *s, const poe_options *o, poe_plan *plan)
 {
-    poe_model *model = malloc(sizeof(*model));
-    poe_status status = model ? poe_settings_model(o, o->vocab_size, model) : POE_FAILED;
+    poe_model *model;
+    poe_status status = new_model(o, &model);
     int threads = poe_run_threads(o, s->n_ranks);
     poe_layout layout;
     poe_layout_init(&layout, o, s->n_ranks);

@@ -110,7 +110,8 @@ static void print_cases(const poe_plan *plan)
         char rule[32], step[32], closed[32], layout[512];
         printf("%-16s  %-8s  %-10s %9s %12.0f %6.1f %% %11s   %s\n", c->name, poe_schedule_name(c->job.schedule),
                rule_text(&c->job, rule), time_text(c->result.step, step), plan->tokens / c->result.step,
-               100 * c->result.idle, c->closed > 0 ? time_text(c->closed, closed) : "-", layout_text(&c->layout, layout));
+               100 * c->result.idle, c->closed > 0 ? time_text(c->closed, closed) : "-",
+               layout_text(&c->layout, layout));
     }
 }
 
@@ -160,10 +161,12 @@ static void print_advice(const poe_plan *plan)
         printf("fill      %s until the last rank has its first input; %s\n", time_text(asked->result.fill, a),
                asked->job.delay || asked->job.schedule == POE_SCHEDULE_ZB_H2 ? "once a run" : "once a step");
     if (plan->smallest_delay > POE_OPTION_DELAY)
-        printf("streaming would need --sync stale:%d; at most %d are allowed\n", plan->smallest_delay, POE_OPTION_DELAY);
+        printf("streaming would need --sync stale:%d; at most %d are allowed\n", plan->smallest_delay,
+               POE_OPTION_DELAY);
     else if (plan->smallest_delay)
-        printf("streaming --sync stale:%d is the least that never waits for a total: (P-1)(forward + round trip) + transfer "
-               "<= D steps\n", plan->smallest_delay);
+        printf("streaming --sync stale:%d is the least that never waits for a total: (P-1)(forward + round trip) + "
+               "transfer <= D steps\n",
+               plan->smallest_delay);
 }
 
 void poe_plan_print(const poe_plan_settings *s, const poe_plan *plan, const char *rates, const char *network)
@@ -172,7 +175,8 @@ void poe_plan_print(const poe_plan_settings *s, const poe_plan *plan, const char
     const poe_theory_job *job = &plan->cases[0].job;
     char layout[512];
     printf("plan      %d ranks, stages %s, --objective %s, %d micro-batches of %d x %d tokens a step\n", s->n_ranks,
-           layout_text(&plan->cases[0].layout, layout), o->objective, job->n_micro, o->device_batch_size, o->sequence_len);
+           layout_text(&plan->cases[0].layout, layout), o->objective, job->n_micro, o->device_batch_size,
+           o->sequence_len);
     printf("rates     %s\n", rates);
     printf("network   %s\n", network);
     print_ranks(s, plan);
@@ -230,9 +234,10 @@ static json_t *links_json(const poe_theory_job *job)
 {
     json_t *list = json_array();
     for (int k = 0; k + 1 < job->n_ranks; k++)
-        json_array_append_new(list, json_pack("{s:f, s:f, s:f, s:f}", "down_latency", job->down[k].latency,
-                                              "down_bandwidth", job->down[k].bandwidth, "up_latency", job->up[k].latency,
-                                              "up_bandwidth", job->up[k].bandwidth));
+        json_array_append_new(
+            list, json_pack("{s:f, s:f, s:f, s:f}", "down_latency", job->down[k].latency, "down_bandwidth",
+                            job->down[k].bandwidth, "up_latency", job->up[k].latency, "up_bandwidth",
+                            job->up[k].bandwidth));
     return list;
 }
 
@@ -254,8 +259,8 @@ json_t *poe_plan_json(const poe_plan_settings *s, const poe_plan *plan, const ch
         json_array_append_new(cases, case_json(plan, &plan->cases[i]));
     for (int i = 0; i < plan->n_balances; i++)
         json_array_append_new(balances, balance_json(&plan->balances[i]));
-    return json_pack("{s:s, s:s, s:f, s:o, s:o, s:f, s:f, s:f, s:f, s:f, s:i, s:o, s:o}", "rates", rates, "network", network,
-                     "tokens", plan->tokens, "ranks", ranks_json(s, plan), "links", links_json(job), "forward_bytes",
+    return json_pack("{s:s, s:s, s:f, s:o, s:o, s:f, s:f, s:f, s:f, s:f, s:i, s:o, s:o}", "rates", rates, "network",
+                     network, "tokens", plan->tokens, "ranks", ranks_json(s, plan), "links", links_json(job), "forward_bytes",
                      job->forward_bytes, "backward_bytes", job->backward_bytes, "shared_bytes",
                      job->shares ? job->shared_bytes : 0.0, "down_bytes", plan->down_bytes, "up_bytes", plan->up_bytes,
                      "smallest_delay", plan->smallest_delay, "cases", cases, "balance", balances);

@@ -325,6 +325,7 @@ typedef struct rank_facts {
     double fill;
     longest_wait wait;
     poe_comm_stats traffic;
+    double sent, dense;   /* bytes a step: sent, and if all of it travelled in fp32 */
     uint64_t arenas;      /* bytes */
     uint64_t peak;        /* bytes: resident, of the whole process */
 } rank_facts;
@@ -390,36 +391,40 @@ static double idle(const rank_facts *facts, double fill)
 static void print_traffic(const poe_run *r, const rank_facts *all)
 {
     bool processes = strcmp(poe_comm_transport(r->comm), "inproc") != 0;
-    printf(" rank     idle   fill      sent  overlapped     arenas       peak%s\n", processes ? "" : " (all)");
+    printf(" rank     idle   fill      sent     a step     (fp32)  overlapped     arenas       peak%s\n",
+           processes ? "" : " (all)");
     for (int k = 0; k < r->size; k++) {
         const poe_comm_stats *s = &all[k].traffic;
-        char sent[32], arenas[32], peak[32], overlap[32] = "-", fill[32];
+        char sent[32], step[32], dense[32], arenas[32], peak[32], overlap[32] = "-", fill[32];
         if (s->transfer > 0)
             snprintf(overlap, sizeof(overlap), "%.0f %%", share(s->transfer_busy, s->transfer));
         format_time(all[k].fill, fill);
-        printf("%5d %6.1f %% %6s %9s %11s  %9s  %9s\n", k, 100 * idle(&all[k], 0), fill, mib((double)s->bytes_sent, sent),
-               overlap, mib((double)all[k].arenas, arenas), mib((double)all[k].peak, peak));
+        printf("%5d %6.1f %% %6s %9s  %9s  %9s %11s  %9s  %9s\n", k, 100 * idle(&all[k], 0), fill,
+               mib((double)s->bytes_sent, sent), mib(all[k].sent, step), mib(all[k].dense, dense), overlap, mib((double)all[k].arenas, arenas), mib((double)all[k].peak, peak));
     }
     if (r->size > 1)
-        printf("(idle: neither forward, backward nor optimizer; fill: until the first forward; overlapped: share of the\n"
-               "time with a message under way in which the rank was computing)\n");
+        printf("(idle: neither forward, backward nor optimizer; fill: until the first forward; fp32: a step's bytes if all\n"
+               "of it travelled in fp32; overlapped: share of the time with a message under way in which the rank was\n"
+               "computing)\n");
 }
 
 /* The last line of the metrics. */
 static poe_status write_idle(poe_run *r, const rank_facts *all)
 {
     json_t *whole = json_array(), *fill = json_array(), *after = json_array(), *accounts = json_array();
-    json_t *memory = json_array();
+    json_t *sent = json_array(), *dense = json_array(), *memory = json_array();
     for (int k = 0; k < r->size; k++) {
         json_array_append_new(whole, json_real(idle(&all[k], 0)));
         json_array_append_new(fill, json_real(all[k].fill));
         json_array_append_new(after, json_real(idle(&all[k], all[k].fill)));
         json_array_append_new(accounts, poe_account_json(&all[k].times));
+        json_array_append_new(sent, json_real(all[k].sent));
+        json_array_append_new(dense, json_real(all[k].dense));
         json_array_append_new(memory, json_pack("{s:I, s:I}", "arenas", (json_int_t)all[k].arenas, "peak",
                                                 (json_int_t)all[k].peak));
     }
-    json_t *object = json_pack("{s:o, s:o, s:o, s:o, s:o}", "idle", whole, "fill", fill, "idle_after_fill", after,
-                               "accounts", accounts, "memory", memory);
+    json_t *object = json_pack("{s:o, s:o, s:o, s:o, s:o, s:o, s:o}", "idle", whole, "fill", fill, "idle_after_fill", after,
+                               "accounts", accounts, "step_bytes", sent, "step_bytes_fp32", dense, "memory", memory);
     if (r->options->emulate_compute)
         json_object_set_new(object, "emulated", json_string("compute"));
     return poe_metrics_write(&r->metrics, object);
@@ -434,6 +439,9 @@ poe_status poe_report_ranks(poe_run *r, const poe_training *t)
                        .arenas = poe_run_memory_total(&r->memory[r->rank]),
                        .peak = peak_memory()};
     rank_facts all[POE_MAX_STAGES];
+    double steps = (double)t->tokens / (double)r->options->total_batch_size;
+    mine.sent = steps > 0 ? (double)t->traffic.bytes_sent / steps : 0;
+    mine.dense = steps > 0 ? (double)(t->traffic.bytes_sent + t->saved) / steps : 0;
     poe_status status = poe_comm_gather(r->comm, &mine, all, sizeof(mine));
     if (status != POE_OK || !t->tokens)
         return status;

@@ -367,6 +367,8 @@ static poe_shared_settings shared_settings(const poe_options *o, const int *rank
                                  .n_steps = o->num_iterations,
                                  .ranks = ranks,
                                  .n_ranks = n_ranks,
+                                 .wire = poe_wire_parse(o->wire_shared),
+                                 .sparse = !o->emulate_compute, /* its gradients are all zero, and a real run's are not */
                                  .run = id};
 }
 
@@ -391,6 +393,7 @@ static poe_status open_streams(poe_run *r, size_t floats)
                                      .training = trains(r),
                                      .aggregate_floats = floats,
                                      .reports = r->options->sync_delay + 4, /* as many steps as ranks may be apart */
+                                     .wire = poe_wire_parse(r->options->wire),
                                      .run = r->id};
     poe_edges_chain(&r->edges, r->n_stages);
     return poe_streams_open(&r->streams, r->comm, &r->model, &settings);
@@ -496,18 +499,31 @@ static size_t message_bytes(const poe_options *o, const poe_model *model, const 
                                      .layout = layout,
                                      .stage = stage,
                                      .rows = (size_t)o->device_batch_size,
-                                     .training = true};
+                                     .training = true,
+                                     .wire = poe_wire_parse(o->wire)};
     return poe_streams_memory(model, &settings);
 }
 
-/* Floats of the shared vector, or with `stage` >= 0 of that stage's own gradients. */
-static poe_status count_floats(const poe_model *model, int stage, size_t *floats)
+/* Bytes for shared gradients that wait their turn. */
+static poe_status pending_bytes(const poe_options *o, const poe_model *model, int n_ranks, uint64_t *bytes)
+{
+    poe_shared_settings settings = shared_settings(o, NULL, n_ranks, 0);
+    poe_tensor_table table;
+    poe_status status = poe_model_tensors(model, -1, &table);
+    if (status != POE_OK)
+        return status;
+    *bytes = poe_shared_bytes(&settings, model, &table);
+    poe_tensor_table_free(&table);
+    return POE_OK;
+}
+
+static poe_status own_gradient_floats(const poe_model *model, int stage, size_t *floats)
 {
     poe_tensor_table table;
     poe_status status = poe_model_tensors(model, stage, &table);
     if (status != POE_OK)
         return status;
-    *floats = stage < 0 ? table.floats : gradient_floats(&table);
+    *floats = gradient_floats(&table);
     poe_tensor_table_free(&table);
     return POE_OK;
 }
@@ -517,15 +533,15 @@ static poe_status size_with(const poe_options *o, const poe_model *model, const 
 {
     poe_stage_settings settings = train_settings(o, layout, stage, recompute);
     poe_stage_memory parts;
-    size_t shared_floats = 0, own_floats = 0;
+    size_t own_floats = 0;
+    uint64_t pending = 0;
     poe_status status = poe_stage_size(model, &settings, &parts);
     if (status == POE_OK)
-        status = count_floats(model, -1, &shared_floats);
+        status = pending_bytes(o, model, layout->n_ranks, &pending);
     if (status == POE_OK)
-        status = count_floats(model, stage, &own_floats);
+        status = own_gradient_floats(model, stage, &own_floats);
     if (status != POE_OK)
         return status;
-    poe_shared_settings shared = shared_settings(o, NULL, layout->n_ranks, 0);
     poe_backend_limits limits;
     poe_stage_limits(model, &settings, &limits);
     limits.bf16 = wants_bf16(o);
@@ -534,7 +550,7 @@ static poe_status size_with(const poe_options *o, const poe_model *model, const 
         .gradients = parts.gradients,
         .optimizer = parts.optimizer,
         .activations = parts.activations,
-        .pending = poe_shared_bytes(&shared, shared_floats),
+        .pending = pending,
         .messages = message_bytes(o, model, layout, stage),
         .scratch = poe_cpu_scratch_bytes(&limits, threads),
         .recompute = recompute,

@@ -27,12 +27,14 @@ const char *poe_channel_name(poe_channel channel)
     static const char *const names[] = {[POE_CHANNEL_BATCH] = "activations",
                                         [POE_CHANNEL_AGGREGATE] = "aggregates",
                                         [POE_CHANNEL_REPORT] = "reports",
-                                        [POE_CHANNEL_SHARED] = "shared gradients",
+                                        [POE_CHANNEL_SHARED] = "gradients of the embedding",
                                         [POE_CHANNEL_EXPORT] = "weights",
                                         [POE_CHANNEL_GRADIENT] = "gradients",
                                         [POE_CHANNEL_REPLICAS] = "replicas' gradients",
                                         [POE_CHANNEL_CLOCK] = "clock",
-                                        [POE_CHANNEL_TRACE] = "trace"};
+                                        [POE_CHANNEL_TRACE] = "trace",
+                                        [POE_CHANNEL_SHARED_HEAD] = "gradients of the head",
+                                        [POE_CHANNEL_SHARED_SMEAR] = "gradients of smear"};
     return names[channel];
 }
 
@@ -41,42 +43,89 @@ static size_t token_bytes(size_t rows, size_t t)
     return poe_arena_round(rows * t * sizeof(int32_t));
 }
 
-static size_t member_bytes(size_t rows, size_t t, size_t channels)
+/* A member is a tensor (rows * t, C). */
+static size_t member_bytes(poe_wire wire, const poe_model *model, size_t rows, size_t t)
 {
-    return poe_arena_round(rows * t * channels * sizeof(float));
+    return poe_arena_round(poe_wire_bytes(wire, rows * t, (size_t)model->config.n_embd));
 }
 
 /* A message's payload: idx, targets and what crosses, or of a gradient that alone; each padded to POE_ALIGN. */
-static size_t crossing_bytes(const poe_model *model, int stage, size_t rows, size_t t)
+static size_t crossing_bytes(poe_wire wire, const poe_model *model, int stage, size_t rows, size_t t)
 {
-    return (size_t)count_of(members_of(model, stage)) * member_bytes(rows, t, (size_t)model->config.n_embd);
+    return (size_t)count_of(members_of(model, stage)) * member_bytes(wire, model, rows, t);
 }
 
-static size_t batch_bytes(const poe_model *model, int stage, size_t rows, size_t t)
+static size_t batch_bytes(poe_wire wire, const poe_model *model, int stage, size_t rows, size_t t)
 {
-    return 2 * token_bytes(rows, t) + crossing_bytes(model, stage, rows, t);
+    return 2 * token_bytes(rows, t) + crossing_bytes(wire, model, stage, rows, t);
 }
 
-static poe_crossing place_crossing(const poe_streams *s, int stage, const poe_batch *batch, char *payload)
+/* The members' values, one behind the other. `stage`: whose output it is. */
+static poe_crossing place_crossing(const poe_streams *s, int stage, const poe_batch *batch, char *values)
 {
     members m = members_of(s->model, stage);
-    size_t bytes = member_bytes(batch->rows, batch->t, s->channels);
-    poe_crossing c = {.h = (float *)(void *)payload};
+    size_t bytes = member_bytes(POE_WIRE_FP32, s->model, batch->rows, batch->t);
+    poe_crossing c = {.h = (float *)(void *)values};
     if (m.x0)
-        c.x0 = (float *)(void *)(payload += bytes);
+        c.x0 = (float *)(void *)(values += bytes);
     if (m.mid)
-        c.mid = (float *)(void *)(payload += bytes);
+        c.mid = (float *)(void *)(values += bytes);
     return c;
 }
 
-/* `stage`: whose output it is. */
-static void place_batch(const poe_streams *s, int stage, char *payload, poe_batch *batch)
+/* --- wire formats -------------------------------------------------------------------------------------------------------- */
+
+/* What is not fp32 is decoded to, or encoded from, memory beside the messages. */
+enum { INPUT, OUTPUT, INPUT_GRADIENT, OUTPUT_GRADIENT };
+
+/* Bytes of that memory for one micro-batch over the edge that starts at `from`. */
+static size_t value_bytes(poe_wire wire, const poe_model *model, int from, size_t rows, size_t t)
 {
-    size_t tokens = token_bytes(batch->rows, batch->t);
-    batch->idx = (int32_t *)(void *)payload;
-    batch->targets = (int32_t *)(void *)(payload + tokens);
-    batch->in = place_crossing(s, stage, batch, payload + 2 * tokens);
+    return wire == POE_WIRE_FP32 ? 0 : crossing_bytes(POE_WIRE_FP32, model, from, rows, t);
 }
+
+/* Where the values are that travel at `encoded`. A micro-batch that is lent keeps its place until it is released. */
+static poe_crossing place_values(const poe_streams *s, int direction, int from, const poe_batch *batch, char *encoded)
+{
+    if (s->wire == POE_WIRE_FP32)
+        return place_crossing(s, from, batch, encoded);
+    size_t i = direction == INPUT ? (size_t)(s->received % s->slots) : 0;
+    char *values = s->values[direction] + i * value_bytes(s->wire, s->model, from, s->rows, s->t);
+    return place_crossing(s, from, batch, values);
+}
+
+static void convert(const poe_streams *s, const poe_crossing *c, const poe_batch *batch, char *encoded, bool encode)
+{
+    float *const values[] = {c->h, c->x0, c->mid};
+    size_t n = batch->rows * batch->t;
+    for (int i = 0; s->wire != POE_WIRE_FP32 && i < 3; i++) {
+        if (!values[i])
+            continue;
+        if (encode)
+            poe_wire_encode(s->wire, encoded, values[i], n, s->channels);
+        else
+            poe_wire_decode(s->wire, values[i], encoded, n, s->channels);
+        encoded += member_bytes(s->wire, s->model, batch->rows, batch->t);
+    }
+}
+
+static poe_crossing decode_crossing(const poe_streams *s, int direction, int from, const poe_batch *batch, char *encoded)
+{
+    poe_crossing values = place_values(s, direction, from, batch, encoded);
+    convert(s, &values, batch, encoded, false);
+    return values;
+}
+
+/* Into a message to `n_messages` ranks. */
+static void encode_crossing(poe_streams *s, int direction, int from, const poe_batch *batch, char *encoded, int n_messages)
+{
+    poe_crossing values = place_values(s, direction, from, batch, encoded);
+    convert(s, &values, batch, encoded, true);
+    s->saved += (uint64_t)n_messages * (crossing_bytes(POE_WIRE_FP32, s->model, from, batch->rows, batch->t) -
+                                        crossing_bytes(s->wire, s->model, from, batch->rows, batch->t));
+}
+
+/* --- memory -------------------------------------------------------------------------------------------------------------- */
 
 /* Whether gradients come back along the edges of this run. */
 static bool goes_back(const poe_streams_settings *settings)
@@ -93,15 +142,37 @@ static int window_of(const poe_streams_settings *settings, int from)
 static size_t edge_memory(const poe_model *model, const poe_streams_settings *settings, int from)
 {
     size_t t = (size_t)model->config.sequence_len, window = (size_t)window_of(settings, from);
-    size_t bytes = window * batch_bytes(model, from, settings->rows, t);
-    return goes_back(settings) ? bytes + window * crossing_bytes(model, from, settings->rows, t) : bytes;
+    size_t bytes = window * batch_bytes(settings->wire, model, from, settings->rows, t);
+    return goes_back(settings) ? bytes + window * crossing_bytes(settings->wire, model, from, settings->rows, t) : bytes;
+}
+
+static int slots_of(const poe_streams_settings *settings)
+{
+    return settings->training ? poe_layout_slots(settings->layout, settings->stage) : 1;
+}
+
+/* Memory beside the messages in each direction. */
+static void size_values(const poe_model *model, const poe_streams_settings *settings, size_t bytes[4])
+{
+    int targets[POE_MAX_STAGES], source = poe_edges_source(settings->edges, settings->stage);
+    bool feeds = poe_edges_targets(settings->edges, settings->stage, targets) > 0, back = goes_back(settings);
+    size_t t = (size_t)model->config.sequence_len;
+    size_t in = source < 0 ? 0 : value_bytes(settings->wire, model, source, settings->rows, t);
+    size_t out = feeds ? value_bytes(settings->wire, model, settings->stage, settings->rows, t) : 0;
+    bytes[INPUT] = in * (size_t)slots_of(settings);
+    bytes[OUTPUT] = out;
+    bytes[INPUT_GRADIENT] = back ? in : 0;
+    bytes[OUTPUT_GRADIENT] = back ? out : 0;
 }
 
 size_t poe_streams_memory(const poe_model *model, const poe_streams_settings *settings)
 {
     int targets[POE_MAX_STAGES], source = poe_edges_source(settings->edges, settings->stage);
-    size_t out = (size_t)poe_edges_targets(settings->edges, settings->stage, targets);
+    size_t out = (size_t)poe_edges_targets(settings->edges, settings->stage, targets), values[4];
     size_t bytes = source >= 0 ? edge_memory(model, settings, source) : 0;
+    size_values(model, settings, values);
+    for (int i = 0; i < 4; i++)
+        bytes += values[i];
     return bytes + (out ? out * edge_memory(model, settings, settings->stage) : 0);
 }
 
@@ -133,24 +204,30 @@ static poe_status open_edge(const poe_streams *s, poe_comm *comm, const poe_stre
 {
     int from = outgoing ? s->stage : peer, window = window_of(settings, from);
     uint64_t run = settings->run;
-    poe_status status = open_link(comm, peer, POE_CHANNEL_BATCH, outgoing, batch_bytes(s->model, from, s->rows, s->t),
-                                  window, run, batch);
+    poe_status status = open_link(comm, peer, POE_CHANNEL_BATCH, outgoing,
+                                  batch_bytes(s->wire, s->model, from, s->rows, s->t), window, run, batch);
     if (status == POE_OK && s->aggregate_floats && aggregates(s->model))
         status = open_link(comm, peer, POE_CHANNEL_AGGREGATE, outgoing, s->aggregate_floats * sizeof(float),
                            AGGREGATE_WINDOW, run, aggregate);
     if (status == POE_OK && goes_back(settings))
-        status = open_link(comm, peer, POE_CHANNEL_GRADIENT, !outgoing, crossing_bytes(s->model, from, s->rows, s->t),
-                           window, run, gradient);
+        status = open_link(comm, peer, POE_CHANNEL_GRADIENT, !outgoing,
+                           crossing_bytes(s->wire, s->model, from, s->rows, s->t), window, run, gradient);
     return status;
 }
 
-static poe_status take_memory(poe_streams *s)
+static poe_status take_memory(poe_streams *s, const poe_streams_settings *settings)
 {
-    size_t tokens = s->source < 0 ? (size_t)s->slots * 2 * token_bytes(s->rows, s->t) : 0;
+    size_t tokens = s->source < 0 ? (size_t)s->slots * 2 * token_bytes(s->rows, s->t) : 0, values[4], all = 0;
     size_t aggregate = s->aggregate_floats * sizeof(float);
-    poe_status status = poe_arena_create(&s->arena, "micro-batches", poe_arena_round(tokens) + poe_arena_round(aggregate));
+    size_values(s->model, settings, values);
+    for (int i = 0; i < 4; i++)
+        all += values[i];
+    poe_status status =
+        poe_arena_create(&s->arena, "micro-batches", poe_arena_round(tokens) + poe_arena_round(aggregate) + all);
     if (status != POE_OK)
         return status;
+    for (int i = 0; i < 4; i++)
+        s->values[i] = values[i] ? poe_arena_take(&s->arena, values[i]) : NULL;
     s->own_tokens = tokens ? poe_arena_take(&s->arena, tokens) : NULL;
     s->aggregate = aggregate ? poe_arena_take(&s->arena, aggregate) : NULL;
     return POE_OK;
@@ -190,10 +267,11 @@ poe_status poe_streams_open(poe_streams *s, poe_comm *comm, const poe_model *mod
                        .t = (size_t)model->config.sequence_len,
                        .channels = (size_t)model->config.n_embd,
                        .aggregate_floats = settings->aggregate_floats,
-                       .slots = settings->training ? poe_layout_slots(settings->layout, settings->stage) : 1};
+                       .slots = slots_of(settings),
+                       .wire = settings->wire};
     s->source = poe_edges_source(settings->edges, s->stage);
     s->n_targets = poe_edges_targets(settings->edges, s->stage, s->targets);
-    poe_status status = take_memory(s);
+    poe_status status = take_memory(s, settings);
     if (status == POE_OK)
         status = open_edges(s, comm, settings);
     if (status == POE_OK)
@@ -229,6 +307,12 @@ void poe_streams_own_tokens(const poe_streams *s, int slot, poe_batch *batch)
     batch->in = (poe_crossing){0};
 }
 
+/* What crosses at `boundary`, and in which format. */
+static uint32_t wire_shape(const poe_streams *s, int boundary)
+{
+    return (uint32_t)count_of(members_of(s->model, boundary)) | (uint32_t)s->wire << 8;
+}
+
 static poe_message batch_message(const poe_streams *s, const poe_batch *batch, int sender)
 {
     return (poe_message){.kind = batch->kind,
@@ -237,9 +321,9 @@ static poe_message batch_message(const poe_streams *s, const poe_batch *batch, i
                          .micro = batch->micro,
                          .stage = sender,
                          .shape = {(uint32_t)batch->rows, (uint32_t)batch->t, (uint32_t)s->channels,
-                                   (uint32_t)count_of(members_of(s->model, sender))},
+                                   wire_shape(s, sender)},
                          .data_hash = batch->data_hash,
-                         .bytes = batch_bytes(s->model, sender, batch->rows, batch->t)};
+                         .bytes = batch_bytes(s->wire, s->model, sender, batch->rows, batch->t)};
 }
 
 poe_status poe_streams_receive_batch(poe_streams *s, poe_batch *batch)
@@ -249,7 +333,11 @@ poe_status poe_streams_receive_batch(poe_streams *s, poe_batch *batch)
     poe_status status = poe_link_receive(s->batch_in, &expected, &got, &payload);
     if (status != POE_OK)
         return status;
-    place_batch(s, s->source, payload, batch);
+    size_t tokens = token_bytes(batch->rows, batch->t);
+    batch->idx = payload;
+    batch->targets = (int32_t *)(void *)((char *)payload + tokens);
+    batch->in = decode_crossing(s, INPUT, s->source, batch, (char *)payload + 2 * tokens);
+    s->received++;
     batch->flags = got.flags;
     batch->data_hash = got.data_hash;
     return POE_OK;
@@ -272,18 +360,20 @@ poe_status poe_streams_output(poe_streams *s, const poe_batch *batch, poe_crossi
     *out = (poe_crossing){0};
     if (!s->n_targets)
         return POE_OK;
-    poe_batch placed = *batch;
-    place_batch(s, s->stage, s->payloads[0], &placed);
-    size_t tokens = batch->rows * batch->t * sizeof(int32_t);
-    memcpy(placed.idx, batch->idx, tokens);
-    memcpy(placed.targets, batch->targets, tokens);
-    *out = placed.in;
+    char *payload = s->payloads[0];
+    size_t tokens = batch->rows * batch->t * sizeof(int32_t), padded = token_bytes(batch->rows, batch->t);
+    memcpy(payload, batch->idx, tokens);
+    memcpy(payload + padded, batch->targets, tokens);
+    *out = place_values(s, OUTPUT, s->stage, batch, payload + 2 * padded);
     return POE_OK;
 }
 
 poe_status poe_streams_send_batch(poe_streams *s, const poe_batch *batch)
 {
     poe_message message = batch_message(s, batch, s->stage);
+    if (s->n_targets)
+        encode_crossing(s, OUTPUT, s->stage, batch, (char *)s->payloads[0] + 2 * token_bytes(batch->rows, batch->t),
+                        s->n_targets);
     for (int i = 1; i < s->n_targets; i++)
         memcpy(s->payloads[i], s->payloads[0], message.bytes);
     for (int i = 0; i < s->n_targets; i++) {
@@ -304,9 +394,9 @@ static poe_message gradient_message(const poe_streams *s, const poe_batch *batch
                          .micro = batch->micro,
                          .stage = sender,
                          .shape = {(uint32_t)batch->rows, (uint32_t)batch->t, (uint32_t)s->channels,
-                                   (uint32_t)count_of(members_of(s->model, boundary))},
+                                   wire_shape(s, boundary)},
                          .data_hash = batch->data_hash,
-                         .bytes = crossing_bytes(s->model, boundary, batch->rows, batch->t)};
+                         .bytes = crossing_bytes(s->wire, s->model, boundary, batch->rows, batch->t)};
 }
 
 poe_status poe_streams_receive_gradient(poe_streams *s, const poe_batch *batch, poe_crossing *d_out)
@@ -318,7 +408,7 @@ poe_status poe_streams_receive_gradient(poe_streams *s, const poe_batch *batch, 
     void *payload;
     poe_status status = poe_link_receive(s->gradient_in, &expected, NULL, &payload);
     if (status == POE_OK)
-        *d_out = place_crossing(s, s->stage, batch, payload);
+        *d_out = decode_crossing(s, OUTPUT_GRADIENT, s->stage, batch, payload);
     return status;
 }
 
@@ -334,10 +424,9 @@ poe_status poe_streams_input_gradient(poe_streams *s, const poe_batch *batch, po
     if (!s->gradient_out)
         return POE_OK;
     poe_message message = gradient_message(s, batch, s->source, s->stage);
-    void *payload;
-    poe_status status = poe_link_acquire(s->gradient_out, &message, &payload);
+    poe_status status = poe_link_acquire(s->gradient_out, &message, &s->gradient_payload);
     if (status == POE_OK)
-        *d_in = place_crossing(s, s->source, batch, payload);
+        *d_in = place_values(s, INPUT_GRADIENT, s->source, batch, s->gradient_payload);
     return status;
 }
 
@@ -346,6 +435,7 @@ poe_status poe_streams_send_gradient(poe_streams *s, const poe_batch *batch)
     if (!s->gradient_out)
         return POE_OK;
     poe_message message = gradient_message(s, batch, s->source, s->stage);
+    encode_crossing(s, INPUT_GRADIENT, s->source, batch, s->gradient_payload, 1);
     return poe_link_send(s->gradient_out, &message);
 }
 

@@ -1,7 +1,9 @@
 /* SPDX-License-Identifier: MIT
  * The messages between stages, on comm's links: along the table of edges micro-batches (tokens, targets, what crosses
  * the boundary) and partial aggregates of an evaluation; against it, where an objective has them, the gradients of what
- * crossed; and from each rank to the next one reports (losses and accounts of time ride forward). */
+ * crossed; and from each rank to the next one reports (losses and accounts of time ride forward). What crosses, and its
+ * gradients, travel in the run's wire format: the sender computes on with its own values, the receiver with those that
+ * came through. */
 #ifndef POE_PIPELINE_STREAMS_H
 #define POE_PIPELINE_STREAMS_H
 
@@ -15,7 +17,7 @@
 #include "src/arena.h"
 #include "stages/stage.h"
 
-/* One per (direction, pair of ranks); the shared sum takes POE_CHANNEL_SHARED. */
+/* One per (direction, pair of ranks); the shared sums of wte, head and smear take POE_CHANNEL_SHARED and its kin. */
 typedef enum poe_channel {
     POE_CHANNEL_BATCH,
     POE_CHANNEL_AGGREGATE,
@@ -26,6 +28,8 @@ typedef enum poe_channel {
     POE_CHANNEL_REPLICAS,
     POE_CHANNEL_CLOCK,
     POE_CHANNEL_TRACE,
+    POE_CHANNEL_SHARED_HEAD,
+    POE_CHANNEL_SHARED_SMEAR,
 } poe_channel;
 
 const char *poe_channel_name(poe_channel channel); /* what it carries: "activations", ... */
@@ -66,12 +70,17 @@ typedef struct poe_streams {
     int n_targets;
     int targets[POE_MAX_STAGES];
     void *payloads[POE_MAX_STAGES]; /* of the micro-batch that is being made */
+    void *gradient_payload;         /* of the gradient that is being made */
     poe_link *batch_out[POE_MAX_STAGES], *aggregate_out[POE_MAX_STAGES];
     poe_link *gradient_in;    /* from the one stage that this one feeds; NULL where none come back */
     poe_link *report_in, *report_out; /* NULL at the first rank, at the last one */
     poe_arena arena;          /* the first stage's tokens */
     int slots;
+    poe_wire wire;            /* how what crosses travels; fp32: it is read and written in the messages themselves */
     int32_t *own_tokens;      /* (slots, 2, rows * t, padded) */
+    char *values[4];          /* else as floats, by direction (streams.c); of the input `slots` in a ring */
+    int64_t received;         /* micro-batches so far */
+    uint64_t saved;           /* bytes that the messages sent so far would have more in fp32 */
     float *aggregate;         /* running sums of the chunk at hand */
 } poe_streams;
 
@@ -83,6 +92,7 @@ typedef struct poe_streams_settings {
     bool training;            /* else no gradients come back, and one micro-batch is kept */
     size_t aggregate_floats;  /* largest chunk of an evaluation */
     int reports;              /* that may be under way */
+    poe_wire wire;            /* of what crosses, and of its gradients */
     uint64_t run;
 } poe_streams_settings;
 
@@ -91,7 +101,7 @@ poe_status poe_streams_open(poe_streams *streams, poe_comm *comm, const poe_mode
                             const poe_streams_settings *settings);
 void poe_streams_close(poe_streams *streams);
 
-/* Bytes of all buffers for micro-batches and gradients that the stage's links hold. */
+/* Bytes of all buffers for micro-batches and gradients that the stage's links hold, and of what they are decoded to. */
 size_t poe_streams_memory(const poe_model *model, const poe_streams_settings *settings);
 
 /* Sets batch->idx and targets to slot `slot`'s memory at the stage that reads the data, and its input to none. */

@@ -167,8 +167,10 @@ static void advance_ring(simulation *s, int r)
 {
     rank_state *me = &s->ranks[r];
     int64_t rounds = 2 * ((int64_t)s->job->n_ranks - 1);
-    for (; me->ring_out < me->begun * rounds && (me->ring_out % rounds == 0 || me->ring_out <= me->ring_in); me->ring_out++)
+    while (me->ring_out < me->begun * rounds && (me->ring_out % rounds == 0 || me->ring_out <= me->ring_in)) {
         send_down(s, r, s->job->shared_bytes / s->job->n_ranks, RING_IN);
+        me->ring_out++;
+    }
     me->finished = rounds ? (me->ring_in < me->ring_out ? me->ring_in : me->ring_out) / rounds : me->begun;
 }
 
@@ -528,7 +530,8 @@ static bool credits_suffice(const poe_theory_job *job)
 static double busy_of(const poe_theory_job *job, int r)
 {
     const poe_theory_rank *rank = &job->ranks[r];
-    double backward = poe_schedule_splits(job->schedule) ? rank->backward_input + rank->backward_weight : rank->backward;
+    bool splits = poe_schedule_splits(job->schedule);
+    double backward = splits ? rank->backward_input + rank->backward_weight : rank->backward;
     int micro = job->schedule == POE_SCHEDULE_DDP ? (job->n_micro + job->n_ranks - 1) / job->n_ranks : job->n_micro;
     double shared = !job->shares ? 0 : job->every ? rank->update_shared / job->every : rank->update_shared;
     return micro * (rank->forward + backward) + rank->update_own + shared;

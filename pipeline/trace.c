@@ -109,7 +109,7 @@ void poe_trace_message(poe_trace *t, bool sent, int peer, int channel, const poe
 /* What rank 0 must know of a rank beside its events. */
 typedef struct rank_facts {
     uint64_t count;
-    double full;
+    double first, full;
     poe_clock_reading readings[2];
     char host[64];
 } rank_facts;
@@ -365,14 +365,15 @@ static poe_status write_all(const poe_trace *t, writer *w, poe_status *written)
     return status == POE_OK ? poe_comm_barrier(t->comm, "the trace") : status;
 }
 
-/* Where the trace of all ends, if one of them could not keep it. */
+/* Where the trace begins, and where it ends for all if one of them could not keep it. */
 static void find_times(const poe_trace *t, writer *w)
 {
-    w->start = t->count ? t->events[0].from : 0;
-    w->end = INFINITY;
-    for (int k = 0; k < poe_comm_size(t->comm); k++)
+    w->start = w->end = INFINITY;
+    for (int k = 0; k < poe_comm_size(t->comm); k++) {
+        w->start = fmin(w->start, on_first_clock(w->all, k, w->all[k].first));
         if (isfinite(w->all[k].full))
             w->end = fmin(w->end, on_first_clock(w->all, k, w->all[k].full));
+    }
     if (isfinite(w->end))
         poe_warn("--trace ends %.1f s after the start, when a rank had %zu events, which is all that one keeps",
                  w->end - w->start, t->room);
@@ -416,7 +417,10 @@ static poe_status gather_facts(poe_trace *t, rank_facts *all)
     poe_status status = poe_clock_read(&t->clock, &t->readings[1]);
     if (status != POE_OK)
         return status;
-    rank_facts mine = {.count = t->count, .full = t->full, .readings = {t->readings[0], t->readings[1]}};
+    rank_facts mine = {.count = t->count,
+                       .first = t->count ? t->events[0].from : t->readings[1].at,
+                       .full = t->full,
+                       .readings = {t->readings[0], t->readings[1]}};
     gethostname(mine.host, sizeof(mine.host) - 1);
     return poe_comm_gather(t->comm, &mine, all, sizeof(mine));
 }

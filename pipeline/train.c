@@ -15,6 +15,7 @@ typedef struct trainer {
     poe_step_reports reports;
     bool stop;             /* after this step */
     poe_comm_stats marked; /* what had been sent before the step */
+    uint64_t marked_saved; /* and left out */
 } trainer;
 
 /* --- evaluation and checkpoints ---------------------------------------------------------------------------------------------- */
@@ -85,12 +86,15 @@ static bool due(int64_t done, int every)
 static void mark_traffic(trainer *t)
 {
     poe_comm_get_stats(t->run->comm, &t->marked);
+    t->marked_saved = t->run->streams.saved + t->marked.shared_dense - t->marked.shared_sent;
 }
 
 static void count_traffic(trainer *t)
 {
     poe_comm_stats from = t->marked, *traffic = &t->training->traffic;
+    uint64_t saved = t->marked_saved;
     mark_traffic(t);
+    t->training->saved += t->marked_saved - saved;
     traffic->transfer += t->marked.transfer - from.transfer;
     traffic->transfer_busy += t->marked.transfer_busy - from.transfer_busy;
     traffic->bytes_sent += t->marked.bytes_sent - from.bytes_sent;
@@ -119,6 +123,24 @@ static poe_status sum_replicas(trainer *t, int64_t step)
     return status;
 }
 
+static bool evaluates_after(const trainer *t, int64_t done)
+{
+    return t->run->corpus.n_eval && due(done, t->run->options->eval_every);
+}
+
+static bool saves_after(const trainer *t, int64_t done)
+{
+    const poe_options *o = t->run->options;
+    return !o->emulate_compute && (t->stop || due(done, o->save_every));
+}
+
+/* Where the next step does not follow at once, this one lasts until its sums are there. */
+static poe_status settle_before_pause(trainer *t, int64_t done)
+{
+    bool pauses = evaluates_after(t, done) || saves_after(t, done) || done == t->run->options->num_iterations;
+    return pauses ? poe_shared_settle(&t->run->shared) : POE_OK;
+}
+
 static poe_status train_step(trainer *t, int64_t step)
 {
     poe_run *r = t->run;
@@ -130,6 +152,8 @@ static poe_status train_step(trainer *t, int64_t step)
     t->stop = t->batches.stop;
     poe_account_enter(&r->accounts, POE_ACCOUNT_OPTIMIZER, step, -1);
     status = poe_shared_step(&r->shared, step);
+    if (status == POE_OK)
+        status = settle_before_pause(t, step + 1);
     if (status != POE_OK)
         return status;
     close_step(t, step);
@@ -139,9 +163,7 @@ static poe_status train_step(trainer *t, int64_t step)
 /* What is due between two steps. */
 static poe_status rest_after(trainer *t, int64_t done)
 {
-    const poe_options *o = t->run->options;
-    bool evaluates = t->run->corpus.n_eval && due(done, o->eval_every);
-    bool saves = !o->emulate_compute && (t->stop || due(done, o->save_every));
+    bool evaluates = evaluates_after(t, done), saves = saves_after(t, done);
     poe_status status = evaluates || saves ? poe_step_reports_pass(&t->reports, true) : POE_OK;
     if (status == POE_OK && evaluates)
         status = evaluate(t, done);

@@ -50,6 +50,8 @@ typedef struct poe_options {
     double warmdown_ratio, final_lr_frac, matrix_lr, embedding_lr, unembedding_lr, scalar_lr, weight_decay;
     char schedule[POE_OPTION_TEXT]; /* auto | poe | gpipe | 1f1b | zb-h1 | zb-h2 | ddp */
     char sync[POE_OPTION_TEXT]; /* exact | stale | stale:D | every:N */
+    char wire[POE_OPTION_TEXT]; /* fp32 | bf16 | fp8 | int8: what crosses between stages */
+    char wire_shared[POE_OPTION_TEXT]; /* fp32 | bf16: the shared gradients */
     int sync_delay; /* D, derived; 0 for exact */
     int sync_every; /* N, derived; 0 when not every:N */
     int64_t seed;

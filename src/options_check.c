@@ -95,9 +95,19 @@ static poe_status check_schedule(const poe_options *options)
 /* bp has one replica of every parameter, so there is no sum to be late. */
 static poe_status check_shared(const poe_options *options)
 {
-    if (strcmp(options->objective, "bp") != 0 || (!options->sync_delay && !options->sync_every))
+    bool exact = !options->sync_delay && !options->sync_every, whole = strcmp(options->wire_shared, "fp32") == 0;
+    if (strcmp(options->objective, "bp") != 0 || (exact && whole))
         return POE_OK;
-    poe_error("--sync %s: --objective bp shares no parameters between stages; allowed is exact", options->sync);
+    poe_error("--%s %s: --objective bp shares no parameters between stages; allowed is %s", exact ? "wire-shared" : "sync",
+              exact ? options->wire_shared : options->sync, exact ? "fp32" : "exact");
+    return POE_BAD_INPUT;
+}
+
+static poe_status check_wire(const poe_options *options)
+{
+    if (!is_replicated(options) || strcmp(options->wire, "fp32") == 0)
+        return POE_OK;
+    poe_error("--wire %s: under --schedule ddp nothing crosses between stages; allowed is fp32", options->wire);
     return POE_BAD_INPUT;
 }
 
@@ -197,6 +207,8 @@ static poe_status check_train(poe_options *options)
         status = check_schedule(options);
     if (status == POE_OK)
         status = check_shared(options);
+    if (status == POE_OK)
+        status = check_wire(options);
     if (status == POE_OK)
         status = check_batch(options);
     if (status == POE_OK)

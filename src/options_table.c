@@ -106,6 +106,9 @@ const poe_option poe_option_table[] = {
          "order of a step's passes; auto: poe for poe, else 1f1b; ddp: the whole model on every rank"),
     STRING("sync", "RULE", sync, "exact", TRAIN, FIXED,
            "shared parameters: exact, stale:D (applied D steps late) or every:N steps"),
+    WORD("wire", wire, "fp32", "fp32|bf16|fp8|int8", TRAIN, FIXED,
+         "what activations, and gradients that flow back, are rounded to on their way"),
+    WORD("wire-shared", wire_shared, "fp32", "fp32|bf16", TRAIN, FIXED, "likewise the shared gradients' sums"),
     INT64("seed", seed, "0", 0, EXACT_MAX, TRAIN | GENERATE, FIXED, "of the initial weights, or of the sampling"),
 #undef GROUP
 #define GROUP "Data and evaluation"

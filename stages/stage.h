@@ -100,6 +100,10 @@ poe_status poe_stage_backward_input(poe_stage *stage, int slot, const int32_t *t
                                     const poe_crossing *d_out, const poe_crossing *d_in, double *loss);
 void poe_stage_backward_weight(poe_stage *stage, int slot);
 
+/* From now on calls done(arg) in every backward pass as soon as the micro-batch's part of lm_head's gradient is added,
+ * before the layers' backward. NULL: no more. */
+void poe_stage_on_head_gradient(poe_stage *stage, void (*done)(void *arg), void *arg);
+
 void poe_stage_clear_gradients(poe_stage *stage); /* the own ones, at the start of a step */
 void poe_stage_clear_shared_gradients(poe_stage *stage);
 
@@ -110,8 +114,23 @@ void poe_stage_clear_shared_gradients(poe_stage *stage);
 void poe_stage_update_own(poe_stage *stage, const poe_rates *rates);
 void poe_stage_update_shared(poe_stage *stage, const poe_rates *rates, const float *sum);
 
-/* True when every gradient of this stage, own and shared, is finite. */
+/* True when every gradient of the stage's own tensors is finite. */
 bool poe_stage_gradients_finite(const poe_stage *stage);
+
+/* The shared tensors in parts, as their gradients become final (the head's before the layers' backward) and their new
+ * values are wanted (wte and smear by forward, the head by the loss). */
+typedef enum poe_shared_part { POE_SHARED_HEAD, POE_SHARED_WTE, POE_SHARED_SMEAR, POE_SHARED_PARTS } poe_shared_part;
+/* Where a part is in `table`, the shared one: its rows, which stand together, and its floats. No rows: not shared. */
+typedef struct poe_shared_extent {
+    size_t first_row, n_rows;
+    size_t offset, floats;
+} poe_shared_extent;
+poe_shared_extent poe_stage_shared_extent(const poe_tensor_table *table, poe_shared_part part);
+/* The functions above for a part of the shared tensors; `sum` is the part's alone, and *poe_stage_shared_updates(), which counts the update
+ * that all parts of a step are, is the caller's to increment before the first of them. */
+void poe_stage_clear_shared_part(poe_stage *stage, poe_shared_part part);
+void poe_stage_update_shared_part(poe_stage *stage, poe_shared_part part, const poe_rates *rates, const float *sum);
+bool poe_stage_shared_part_finite(const poe_stage *stage, poe_shared_part part);
 
 /* Optimiser state as one flat piece per tensor, for checkpoints: own first or shared. For tensor `row` of the own
  * (shared false) or shared table: Muon has "momentum" (rows, cols) and "second" (rows or cols), AdamW "m", "v".

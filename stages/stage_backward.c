@@ -186,7 +186,7 @@ static double head_backward(const pass *p, const int32_t *targets, int n_micro)
     const stage_slot *slot = stage->slot;
     size_t n = rows_at_hand(stage), c = (size_t)model->config.n_embd;
     double loss;
-    ops->head_loss(be, &loss, stage->du, stage->g.head, slot->u, head_weights(stage), targets,
+    ops->head_loss(be, &loss, stage->du, stage->g.head, slot->u, poe_stage_head_weights(stage), targets,
                    (float)(loss_weight(model) / n_micro), n, c, (size_t)model->config.vocab_size, model->vocab_padded);
     ops->norm_backward(be, stage->dx, stage->du, slot->u, slot->rinv, n, c);
     return loss;
@@ -256,6 +256,8 @@ static poe_status backward(poe_stage *stage, int slot, const int32_t *targets, i
     *loss = stage->has_head ? head_backward(&p, targets, n_micro) : 0;
     if (!isfinite(*loss))
         return POE_NUMERIC;
+    if (stage->has_head && stage->head_done)
+        stage->head_done(stage->head_done_arg);
     backout_backward(&p);
     layers_backward(&p);
     if (stage->has_wte)

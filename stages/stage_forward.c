@@ -96,12 +96,16 @@ static void finish(poe_stage *stage)
     ops->norm_forward(stage->backend, slot->u, slot->rinv, h, n, c, (float)stage->model->config.norm_eps);
 }
 
-static void refresh_head(poe_stage *stage)
+/* The sum is made when it is wanted: the shared head's update may come as late as that. */
+const float *poe_stage_head_weights(poe_stage *stage)
 {
-    if (stage->own_head && stage->head_sum_stale)
+    if (!stage->own_head)
+        return stage->w.head;
+    if (stage->head_sum_stale)
         stage->backend->ops->sum(stage->backend, stage->head_sum, stage->w.head, stage->own_head,
                                  stage->model->vocab_padded * (size_t)stage->model->config.n_embd);
     stage->head_sum_stale = false;
+    return stage->head_sum;
 }
 
 /* Every member of `out` that is there. */
@@ -129,8 +133,6 @@ void poe_stage_forward(poe_stage *stage, int slot, size_t b, size_t t, const int
     stage->slot->t = t;
     stage->slot->idx = idx;
     stage->slot->in = in ? *in : (poe_crossing){0};
-    if (stage->has_head)
-        refresh_head(stage);
     if (stage->has_wte) {
         poe_stage_embed(stage);
         smear(stage);
@@ -158,6 +160,6 @@ void poe_stage_logits(poe_stage *stage, size_t first, size_t n, float *z)
 {
     size_t c = (size_t)stage->model->config.n_embd;
     assert(stage->has_head && first + n <= rows_at_hand(stage) && n <= poe_stage_logit_rows(stage));
-    stage->backend->ops->head_logits(stage->backend, z, stage->slot->u + first * c, head_weights(stage), n, c,
-                                     (size_t)stage->model->config.vocab_size);
+    stage->backend->ops->head_logits(stage->backend, z, stage->slot->u + first * c, poe_stage_head_weights(stage), n,
+                                     c, (size_t)stage->model->config.vocab_size);
 }

@@ -87,6 +87,8 @@ struct poe_stage {
     float *own_head;  /* (Vp,C), or NULL */
     float *head_sum;  /* (Vp,C) with an own head: lm_head + own head */
     bool head_sum_stale;
+    void (*head_done)(void *arg); /* poe_stage_on_head_gradient(); NULL: nobody */
+    void *head_done_arg;
 
     float *cos, *sin;            /* (T,HS/2) */
     float *wide;                 /* (N, max(mlp,C)) scratch */
@@ -164,12 +166,6 @@ static inline const float *mid_output(const poe_stage *stage)
     return stage->mid >= 0 ? stage->slot->kept[stage->mid].x : stage->slot->in.mid;
 }
 
-/* The head that this stage's logits come from. */
-static inline const float *head_weights(const poe_stage *stage)
-{
-    return stage->own_head ? stage->head_sum : stage->w.head;
-}
-
 static inline poe_attention_shape attention_shape(const poe_stage *stage, const stage_layer *layer)
 {
     return (poe_attention_shape){.b = stage->slot->b,
@@ -180,6 +176,8 @@ static inline poe_attention_shape attention_shape(const poe_stage *stage, const 
                                  .window = (size_t)layer->shape->window};
 }
 
+/* The head (Vp,C) that this stage's logits come from. */
+const float *poe_stage_head_weights(poe_stage *stage);
 /* e = norm(wte[idx]) */
 void poe_stage_embed(poe_stage *stage);
 /* Layer i's input of attention, from its input: x, and u_attn = norm(x). */

@@ -2,6 +2,7 @@
 #include "tests/relay.h"
 
 #include <errno.h>
+#include <netinet/tcp.h>
 #include <poll.h>
 #include <pthread.h>
 #include <stdatomic.h>
@@ -52,6 +53,9 @@ static void take(poe_relay *r)
         close(out);
         return;
     }
+    const int yes = 1;
+    setsockopt(in, IPPROTO_TCP, TCP_NODELAY, &yes, sizeof(yes));
+    setsockopt(out, IPPROTO_TCP, TCP_NODELAY, &yes, sizeof(yes));
     r->pairs[r->n++] = (pair){.ends = {in, out}};
 }
 

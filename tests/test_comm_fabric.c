@@ -231,7 +231,7 @@ static void check_scenarios(void)
 }
 
 /* --- bad networks ------------------------------------------------------------------------------------------------- */
-/* More bytes than a unit, than the window, than what sockets hold; in both directions, on two channels, received late. */
+/* More bytes than a unit, than the window, than what sockets hold; in both directions, received late. */
 enum { LONG = 9 << 20, LONGS = 6 };
 
 static void *fill_long(unsigned char *p, int i)
@@ -285,13 +285,13 @@ static bool early_sum(poe_comm *comm)
         values[i] = (float)(i % 1000 + rank);
     if (rank == 0) {
         CHECK_INT(poe_reduce_open(comm, &settings, &reduce), POE_OK);
-        CHECK_INT(poe_reduce_begin(reduce, 0, values), POE_OK);
+        CHECK_INT(poe_reduce_begin(reduce, 0, values, values), POE_OK);
     }
     for (int i = 0; i < 5; i++)
         CHECK_INT(poe_comm_barrier(comm, "before the other rank sums"), POE_OK);
     if (rank == 1) {
         CHECK_INT(poe_reduce_open(comm, &settings, &reduce), POE_OK);
-        CHECK_INT(poe_reduce_begin(reduce, 0, values), POE_OK);
+        CHECK_INT(poe_reduce_begin(reduce, 0, values, values), POE_OK);
     }
     CHECK_INT(poe_reduce_end(reduce, 0), POE_OK);
     int wrong = 0;
@@ -315,7 +315,7 @@ static bool give_up(poe_comm *comm)
         float *values = aligned_alloc(64, COUNT * sizeof(float));
         memset(values, 0, COUNT * sizeof(float));
         CHECK_INT(poe_reduce_open(comm, &settings, &reduce), POE_OK);
-        CHECK_INT(poe_reduce_begin(reduce, 0, values), POE_OK);
+        CHECK_INT(poe_reduce_begin(reduce, 0, values, values), POE_OK);
         usleep(50000); /* it is stuck: the other side posts nothing */
         poe_reduce_close(reduce);
         free(values);
@@ -433,8 +433,8 @@ static bool send_to_victim(poe_comm *comm)
 {
     int rank = poe_comm_rank(comm);
     poe_status status = POE_OK;
-    poe_link_settings settings = {.name = "to the victim", .peer = 1 - rank, .outgoing = rank == 0, .max_bytes = 1 << 20,
-                                  .window = 2};
+    poe_link_settings settings = {.name = "to the victim", .peer = 1 - rank, .outgoing = rank == 0,
+                                  .max_bytes = 1 << 20, .window = 2};
     poe_link *link;
     CHECK_INT(poe_link_open(comm, &settings, &link), POE_OK);
     double killed = 0;
@@ -530,7 +530,8 @@ static void check_opening(void)
     check_refused(&(poe_fabric_settings){.port_low = port, .port_high = port},
                   (const char *const[]){"--port-range ", "finds no free port there", NULL});
     fabric *second = NULL;
-    CHECK_INT(poe_fabric_listen(&(poe_fabric_settings){.port_low = port, .port_high = port + 20}, true, 0, &second), POE_OK);
+    const poe_fabric_settings range = {.port_low = port, .port_high = port + 20};
+    CHECK_INT(poe_fabric_listen(&range, true, 0, &second), POE_OK);
     memcpy(&address, second->name.address, sizeof(address));
     CHECK(ntohs(address.sin_port) > port && ntohs(address.sin_port) <= port + 20);
     check_refused(&(poe_fabric_settings){.provider = "nonsense"},
@@ -555,7 +556,7 @@ static void check_mutations(void)
     memset(wire + POE_UNIT_HEADER, 7, 100);
     poe_unit_encode(&unit, wire);
     size_t length = poe_unit_length(&unit);
-    CHECK(poe_unit_decode(wire, length, &got, why) && got.sequence == unit.sequence && got.offset == 4900 && got.urgent);
+    CHECK(poe_unit_decode(wire, length, &got, why) && got.sequence == unit.sequence && got.offset == 4900);
     for (int i = 0; i < 5000; i++) {
         memcpy(mutated, wire, length);
         for (int k = 1 + (int)(poe_rng_next(&rng) % 6); k > 0; k--)

@@ -1,19 +1,35 @@
 /* SPDX-License-Identifier: MIT
- * comm over MPI: all scenarios, under mpiexec with any number of ranks. Called with --alone, and PMI_SIZE in the
- * environment but no launcher: the start must be refused. */
+ * comm over MPI: all scenarios, under mpiexec with any number of ranks; with --fabric over the fabric, whose ranks meet
+ * over MPI. Called with --alone, and PMI_SIZE in the environment but no launcher: the start must be refused. */
 #include <signal.h>
 #include <unistd.h>
 
+#include "comm/fabric/fabric.h"
 #include "comm/mpi/mpi.h"
 #include "src/clock.h"
 #include "src/log.h"
 #include "tests/check.h"
 #include "tests/comm_scenarios.h"
 
+static bool over_fabric;
+
+static poe_transport *create_transport(void)
+{
+    const poe_fabric_settings settings = {0};
+    poe_transport *transport, *direct = NULL;
+    poe_comm *over;
+    CHECK_INT(poe_mpi_create(&transport), POE_OK);
+    if (!over_fabric)
+        return transport;
+    CHECK_INT(poe_comm_create(transport, NULL, &over), POE_OK);
+    CHECK_INT(poe_fabric_create(over, &settings, &direct), POE_OK);
+    poe_comm_destroy(over, true);
+    return direct;
+}
+
 static void check_scenario(const poe_scenario *scenario, int rank)
 {
-    poe_transport *transport;
-    CHECK_INT(poe_mpi_create(&transport), POE_OK);
+    poe_transport *transport = create_transport();
     int before = poe_scenarios_failures() + check_failures;
     double start = poe_now();
     poe_capture_begin();
@@ -70,6 +86,7 @@ int main(int argc, char **argv)
         check_alone();
         return check_result();
     }
+    over_fabric = argc > 1 && strcmp(argv[1], "--fabric") == 0;
     poe_mpi_environment(&expected_rank, &expected_size);
     CHECK(poe_mpi_launched());
     CHECK_INT(poe_mpi_start(&rank, &size), POE_OK);

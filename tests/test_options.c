@@ -187,6 +187,10 @@ static void test_refused_values(void)
     REFUSED("give --stages one number", "--objective bp --schedule ddp --stages 2,2");
     REFUSED("deals the 4 micro-batches of a step", "--objective bp --schedule ddp --stages 4 --ranks 3");
     REFUSED("shares no parameters between stages; allowed is exact", "--objective bp --sync every:2");
+    REFUSED("--wire-shared bf16: --objective bp shares no parameters", "--objective bp --wire-shared bf16");
+    REFUSED("--wire: found \"fp4\"", "--wire fp4");
+    REFUSED("--wire-shared: found \"fp8\"", "--wire-shared fp8");
+    REFUSED("--wire int8: under --schedule ddp", "--objective bp --schedule ddp --stages 4 --wire int8");
 }
 
 static void test_emulation(void)
@@ -398,6 +402,7 @@ static void test_round_trip(void)
     CHECK(poe_options_resumable("num_iterations") && poe_options_resumable("data") && poe_options_resumable("out"));
     CHECK(poe_options_resumable("recompute") && poe_options_resumable("memory_limit"));
     CHECK(!poe_options_resumable("n_embd") && !poe_options_resumable("seed") && !poe_options_resumable("sync"));
+    CHECK(!poe_options_resumable("wire") && !poe_options_resumable("wire_shared"));
     CHECK(!poe_options_resumable("dtype"));
 }
 

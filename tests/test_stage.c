@@ -455,6 +455,72 @@ static void check_recompute(const chain_backend *kind)
     }
 }
 
+/* --- parts of the shared tensors -------------------------------------------------------------------------------- */
+typedef struct head_copy {
+    poe_stage *stage;
+    float *gradient;
+    size_t floats;
+    int calls;
+} head_copy;
+
+static void copy_head(void *arg)
+{
+    head_copy *copy = arg;
+    poe_shared_extent head = poe_stage_shared_extent(poe_stage_shared_table(copy->stage), POE_SHARED_HEAD);
+    copy->floats = head.floats;
+    memcpy(copy->gradient, poe_stage_shared_gradients(copy->stage) + head.offset, head.floats * sizeof(float));
+    copy->calls++;
+}
+
+static void update_in_parts(poe_stage *stage, const float *sum)
+{
+    static const poe_shared_part order[] = {POE_SHARED_SMEAR, POE_SHARED_HEAD, POE_SHARED_WTE};
+    ++*poe_stage_shared_updates(stage);
+    for (int i = 0; i < 3; i++)
+        poe_stage_update_shared_part(stage, order[i], &some_rates,
+                                     sum + poe_stage_shared_extent(poe_stage_shared_table(stage), order[i]).offset);
+}
+
+/* The head's gradient is final when it is said to be, and three updates of parts are the one of the whole. */
+static void check_parts(const chain_backend *kind)
+{
+    poe_model_config config = small_config(1, (int[]){2});
+    poe_model model = small_model(&config);
+    stage_chain whole, parts;
+    open_random(&whole, &model, true, kind);
+    open_random(&parts, &model, true, kind);
+    poe_stage *stage = parts.stages[0];
+    float *gradients = poe_stage_shared_gradients(stage);
+    head_copy copy = {.stage = stage, .gradient = malloc(model.vocab_padded * C * sizeof(float))};
+    poe_stage_on_head_gradient(stage, copy_head, &copy);
+    for (int step = 0; step < 2; step++) {
+        double loss = 0;
+        chain_run(&whole, B, T, idx, targets, 1, &loss);
+        chain_run(&parts, B, T, idx, targets, 1, &loss);
+        CHECK_INT(copy.calls, step + 1);
+        CHECK_INT(copy.floats, model.vocab_padded * C);
+        size_t head = poe_stage_shared_extent(poe_stage_shared_table(stage), POE_SHARED_HEAD).offset;
+        CHECK(same_floats(copy.gradient, gradients + head, copy.floats));
+        chain_update_shared(&whole, &some_rates, poe_stage_shared_gradients(whole.stages[0]));
+        update_in_parts(stage, gradients);
+        CHECK(same_floats(poe_stage_shared_values(stage), poe_stage_shared_values(whole.stages[0]),
+                          poe_stage_shared_table(stage)->floats));
+        CHECK_INT(*poe_stage_shared_updates(stage), step + 1);
+        poe_stage_clear_shared_gradients(whole.stages[0]);
+        for (poe_shared_part p = 0; p < POE_SHARED_PARTS; p++)
+            poe_stage_clear_shared_part(stage, p);
+    }
+    for (poe_shared_part p = 0; p < POE_SHARED_PARTS; p++) {
+        poe_shared_extent part = poe_stage_shared_extent(poe_stage_shared_table(stage), p);
+        gradients[part.offset + part.floats - 1] = NAN;
+        for (poe_shared_part q = 0; q < POE_SHARED_PARTS; q++)
+            CHECK_INT(poe_stage_shared_part_finite(stage, q), q > p);
+    }
+    free(copy.gradient);
+    chain_close(&whole);
+    chain_close(&parts);
+}
+
 static void check_not_finite(const chain_backend *kind)
 {
     poe_model_config config = small_config(1, (int[]){1});
@@ -609,6 +675,7 @@ int main(int argc, char **argv)
         check_evaluation(kind, true);
         check_recompute(kind);
         check_not_finite(kind);
+        check_parts(kind);
         check_states(kind);
     }
     check_memory();

@@ -24,6 +24,12 @@ typedef struct sources {
     char rates[SOURCE_BYTES], network[SOURCE_BYTES];
 } sources;
 
+static poe_status out_of_memory(void)
+{
+    poe_error("out of memory for the plan");
+    return POE_FAILED;
+}
+
 static poe_status read_emulation(const poe_options *o, int n_ranks, sources *from)
 {
     poe_emulation emulation;
@@ -48,7 +54,7 @@ static poe_status read_emulation(const poe_options *o, int n_ranks, sources *fro
 static poe_status calibrate(const poe_options *o, int n_ranks, sources *from)
 {
     poe_model *model = malloc(sizeof(*model));
-    poe_status status = model ? poe_settings_model(o, o->vocab_size, model) : POE_FAILED;
+    poe_status status = model ? poe_settings_model(o, o->vocab_size, model) : out_of_memory();
     int threads = poe_run_threads(o, n_ranks);
     poe_calibration *c = &from->calibration;
     if (status == POE_OK)
@@ -60,14 +66,15 @@ static poe_status calibrate(const poe_options *o, int n_ranks, sources *from)
     int used = snprintf(from->rates, SOURCE_BYTES, "measured in %.1f s with %d thread%s, OpenBLAS %s", c->seconds,
                         threads, threads == 1 ? "" : "s", poe_blas_kernels());
     if (c->rows < (size_t)o->device_batch_size || c->positions < (size_t)o->sequence_len)
-        used += snprintf(from->rates + used, SOURCE_BYTES - (size_t)used, ", on %zu x %zu tokens of a micro-batch's %d x %d",
-                         c->rows, c->positions, o->device_batch_size, o->sequence_len);
+        used += snprintf(from->rates + used, SOURCE_BYTES - (size_t)used,
+                         ", on %zu x %zu tokens of a micro-batch's %d x %d", c->rows, c->positions, o->device_batch_size,
+                         o->sequence_len);
     if (c->narrower > 1)
         used += snprintf(from->rates + used, SOURCE_BYTES - (size_t)used, ", with a %dth of the width", c->narrower);
     if ((long)n_ranks * threads > cores)
         snprintf(from->rates + used, SOURCE_BYTES - (size_t)used,
-                 "; the %ld cores here are fewer than %d ranks want: this is a plan for ranks with cores of their own", cores,
-                 n_ranks);
+                 "; the %ld cores here are fewer than %d ranks want: this is a plan for ranks with cores of their own",
+                 cores, n_ranks);
     return POE_OK;
 }
 
@@ -104,14 +111,14 @@ static void describe_links(const poe_options *o, sources *from)
 static poe_status print_plan(const poe_plan_settings *settings, const sources *from)
 {
     poe_plan *plan = malloc(sizeof(*plan));
-    poe_status status = plan ? poe_plan_make(settings, plan) : POE_FAILED;
+    poe_status status = plan ? poe_plan_make(settings, plan) : out_of_memory();
     json_t *json = NULL;
     if (status == POE_OK && settings->options->json) {
         json = poe_plan_json(settings, plan, from->rates, from->network);
         if (json && json_dumpf(json, stdout, JSON_INDENT(1)) == 0)
             putchar('\n');
         else
-            status = POE_FAILED;
+            status = out_of_memory();
     } else if (status == POE_OK) {
         poe_plan_print(settings, plan, from->rates, from->network);
     }
@@ -125,7 +132,7 @@ int poe_program_plan(char **argv, const poe_options *options)
     poe_options *o = malloc(sizeof(*o));
     sources *from = calloc(1, sizeof(*from));
     poe_kernels kernels;
-    poe_status status = o && from ? poe_kernels_parse(options->kernels, &kernels) : POE_FAILED;
+    poe_status status = o && from ? poe_kernels_parse(options->kernels, &kernels) : out_of_memory();
     if (status == POE_OK) {
         poe_blas_ensure(kernels, argv);
         *o = *options;

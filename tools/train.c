@@ -164,12 +164,19 @@ static poe_status export_model(poe_run *r)
     return status;
 }
 
+/* What of the run is; NULL: nothing. */
+static const char *emulated(const poe_run *r)
+{
+    bool compute = r->options->emulate_compute, network = poe_comm_emulated(r->comm);
+    return compute && network ? "compute, network" : compute ? "compute" : network ? "network" : NULL;
+}
+
 static poe_status report(poe_run *r, const poe_training *t, bool interrupted)
 {
     fflush(stdout);
     poe_status status = poe_comm_barrier(r->comm, "the end of training");
     if (status == POE_OK && r->trace)
-        status = poe_trace_write(r->trace, r->options->emulate_compute ? "compute" : NULL, r->options->trace);
+        status = poe_trace_write(r->trace, emulated(r), r->options->trace);
     if (status == POE_OK && r->rank == 0 && t->evaluated && !interrupted)
         poe_report_evaluation(r->options, &t->evaluation, r->corpus.has_tokenizer);
     bool learnt = !interrupted && !r->options->emulate_compute;

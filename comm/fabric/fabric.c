@@ -172,8 +172,8 @@ static void fabric_cut(poe_transport *transport, int rank)
 
 static bool may_leave(const peer *p)
 {
-    return p->failed || (p->ended && !p->bye_answer) || (p->state != JOINED && p->apart_since == 0 && poe_stream_is_idle(p)) ||
-           (p->bye && poe_stream_is_idle(p));
+    bool never_met = p->state != JOINED && p->apart_since == 0;
+    return p->failed || (p->ended && !p->bye_answer) || ((p->bye || never_met) && poe_stream_is_idle(p));
 }
 
 static void say_goodbye(fabric *f)

@@ -3,10 +3,10 @@
  * connection per pair of ranks, made on first use; one that breaks is made anew, and nothing is lost or delivered
  * twice: what is sent is kept until the other side has acknowledged it.
  *
- * When a send is done: one of at most POE_UNIT_SHORT bytes as soon as it is copied into the queue of units on their way,
- * of which there is room for a fixed number; a longer one when its receiver has acknowledged all of it, for until then
- * it may have to be sent again from the sender's own memory. Long messages go straight from there into the memory of
- * the posted receive. What comes before its receive is posted is kept, and a channel's sender is held back once that
+ * When a send is done: one of at most POE_UNIT_SHORT bytes as soon as it is copied into the queue of units on their
+ * way, of which there is room for a fixed number; a longer one when its receiver has acknowledged all of it, for until
+ * then it may have to be sent again from the sender's own memory. Long messages go straight from there into the memory
+ * of the posted receive. What comes before its receive is posted is kept, and a channel's sender is held back once that
  * is more than a few MiB; the other channels go on. */
 #ifndef POE_COMM_FABRIC_FABRIC_H
 #define POE_COMM_FABRIC_FABRIC_H

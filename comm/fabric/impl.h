@@ -15,6 +15,7 @@
 #include <string.h>
 
 #include "comm/fabric/fabric.h"
+#include "comm/fabric/library.h"
 #include "comm/fabric/wire.h"
 
 enum {
@@ -140,6 +141,7 @@ typedef struct fabric_name {
 struct fabric {
     poe_transport base;
     char host[256];
+    const poe_libfabric *library;
     struct fi_info *info; /* of this side: address without a port */
     struct fid_fabric *fid;
     struct fid_domain *domain;

@@ -16,6 +16,7 @@
 enum { HALF = POE_SECRET_BYTES / 2, SAID_STRANGERS = 16 };
 
 static const double answer = 3;   /* seconds to wait for one: a stopped rank's host accepts, and nothing follows */
+static const double soon = 1;
 static const double longest = 1;  /* between two calls */
 static const double gone = 2;     /* an address that refuses calls for so long has lost its rank */
 
@@ -88,7 +89,7 @@ static ssize_t say(peer *p, const struct iovec *parts, int n)
     void *descriptor = p->registered ? fi_mr_desc(p->registered) : NULL, *descriptors[MAX_PARTS];
     for (int i = 0; i < n; i++)
         descriptors[i] = descriptor;
-    if (n == 1 && parts->iov_len <= p->fabric->info->tx_attr->inject_size)
+    if (n == 1 && parts->iov_len <= POE_UNIT_HEADER)
         return fi_inject(p->line->ep, parts->iov_base, parts->iov_len, 0);
     return fi_sendv(p->line->ep, parts, descriptors, (size_t)n, 0, NULL);
 }
@@ -180,10 +181,10 @@ static int dial(peer *p, double now)
     fabric *f = p->fabric;
     const fabric_name *name = &f->names[p->rank];
     unsigned char wire[POE_GREETING_BYTES];
-    struct fi_info *info = fi_dupinfo(f->info);
+    struct fi_info *info = f->library->dupinfo(f->info);
     void *address = malloc(NAME_BYTES);
     if (!info || !address) {
-        fi_freeinfo(info);
+        f->library->freeinfo(info);
         free(address);
         return FI_ENOMEM;
     }
@@ -192,7 +193,7 @@ static int dial(peer *p, double now)
     p->state = DIALLING;
     p->due = now + answer;
     bool opened = open_endpoint(p, info);
-    fi_freeinfo(info);
+    f->library->freeinfo(info);
     greet(p, f->secret, wire);
     return opened ? -fi_connect(p->line->ep, name->address, wire, sizeof(wire)) : FI_EOTHER;
 }
@@ -270,8 +271,8 @@ static void report_stranger(fabric *f, const char *who, const char *why)
                  f->strangers == SAID_STRANGERS ? "; more of them will not be reported" : "");
 }
 
-/* Who does not even speak libfabric's protocol is known to the provider alone, which tells nobody but its log. While this
- * rank itself calls somebody, what is said there may be about that. */
+/* Who does not even speak libfabric's protocol is known to the provider alone, which tells nobody but its log. While
+ * this rank itself calls somebody, what is said there may be about that. */
 static _Thread_local fabric *listening;
 
 static bool calls_out(const fabric *f)
@@ -310,24 +311,30 @@ static void hear_log(const struct fi_provider *provider, enum fi_log_level level
 /* Whoever asks libfabric for its log by FI_LOG_LEVEL gets it. */
 static void hear_logs(void)
 {
-    static struct fi_ops_log ops = {.enabled = is_logged, .ready = is_log_ready, .log = hear_log};
-    static struct fid_logging logging = {.ops = &ops};
-    if (!getenv("FI_LOG_LEVEL"))
-        fi_import_log(FI_VERSION(1, 14), 0, &logging);
+    static struct fi_ops_log ops = {
+        .size = sizeof(ops), .enabled = is_logged, .ready = is_log_ready, .log = hear_log};
+    static struct fid_logging logging = {.fid.fclass = FI_CLASS_LOG, .ops = &ops};
+    const poe_libfabric *library = poe_libfabric_load();
+    struct fid *log;
+    if (getenv("FI_LOG_LEVEL") || library->open(FI_VERSION(1, 14), "logging", NULL, 0, 0, &log, &logging) != 0)
+        return;
+    fi_import_fid(log, &logging.fid, 0);
+    fi_close(log);
 }
 
 void poe_line_listen(fabric *f)
 {
     static pthread_once_t once = PTHREAD_ONCE_INIT;
-    pthread_once(&once, hear_logs);
     listening = f;
+    if (f)
+        pthread_once(&once, hear_logs);
 }
 
-/* True when the call is to be taken instead of what there is. */
+/* True when the call is to be taken instead of what there is. An own call that is not answered soon may never be. */
 static bool is_better(const peer *p, const poe_greeting *greeting)
 {
     if (p->state == DIALLING)
-        return is_lower(p);
+        return is_lower(p) || p->due - poe_now() < answer - soon;
     return p->state != JOINED || greeting->epoch >= p->epoch;
 }
 
@@ -394,9 +401,11 @@ static void hear_answer(peer *p, const unsigned char *data, size_t bytes)
 
 static peer *peer_with(fabric *f, const struct fid *fid)
 {
-    for (int rank = 0; rank < f->base.size; rank++)
-        if (f->peers[rank] && f->peers[rank]->line && f->peers[rank]->line->ep && &f->peers[rank]->line->ep->fid == fid)
-            return f->peers[rank];
+    for (int rank = 0; rank < f->base.size; rank++) {
+        peer *p = f->peers[rank];
+        if (p && p->line && p->line->ep && &p->line->ep->fid == fid)
+            return p;
+    }
     return NULL;
 }
 
@@ -458,7 +467,7 @@ void poe_line_events(fabric *f)
         peer *p = kind == FI_CONNREQ ? NULL : peer_with(f, event.entry.fid);
         if (kind == FI_CONNREQ) {
             hear_call(f, event.entry.info, event.entry.data, more);
-            fi_freeinfo(event.entry.info);
+            f->library->freeinfo(event.entry.info);
         } else if (p && kind == FI_CONNECTED) {
             hear_answer(p, event.entry.data, more);
         } else if (p && kind == FI_SHUTDOWN) {

@@ -47,13 +47,14 @@ static void list(char text[LIST_BYTES], const char *word)
 }
 
 /* --- providers ---------------------------------------------------------------------------------------------------- */
-static struct fi_info *hints_for(const char *provider)
+static struct fi_info *hints_for(const poe_libfabric *library, const char *provider)
 {
-    struct fi_info *hints = fi_allocinfo();
+    struct fi_info *hints = library->dupinfo(NULL);
     if (!hints)
         return NULL;
     hints->caps = FI_MSG;
     hints->ep_attr->type = FI_EP_MSG;
+    hints->tx_attr->inject_size = POE_UNIT_HEADER;
     hints->domain_attr->mr_mode = FI_MR_LOCAL | FI_MR_VIRT_ADDR | FI_MR_ALLOCATED | FI_MR_PROV_KEY;
     hints->domain_attr->threading = FI_THREAD_DOMAIN;
     hints->domain_attr->data_progress = hints->domain_attr->control_progress = FI_PROGRESS_MANUAL;
@@ -62,15 +63,15 @@ static struct fi_info *hints_for(const char *provider)
     return hints;
 }
 
-static poe_status refuse_provider(const char *provider)
+static poe_status refuse_provider(const poe_libfabric *library, const char *provider)
 {
     char names[LIST_BYTES] = "";
-    struct fi_info *hints = hints_for(NULL), *found = NULL;
-    fi_getinfo(API, NULL, NULL, 0, hints, &found);
+    struct fi_info *hints = hints_for(library, NULL), *found = NULL;
+    library->getinfo(API, NULL, NULL, 0, hints, &found);
     for (const struct fi_info *i = found; i; i = i->next)
         list(names, i->fabric_attr->prov_name);
-    fi_freeinfo(found);
-    fi_freeinfo(hints);
+    library->freeinfo(found);
+    library->freeinfo(hints);
     if (names[0])
         poe_error("--fabric-provider: found \"%s\", allowed is what libfabric offers here: %s", provider, names);
     else
@@ -79,10 +80,10 @@ static poe_status refuse_provider(const char *provider)
 }
 
 /* The provider's description of itself at this address, or NULL. */
-static struct fi_info *offer_at(const char *provider, const struct sockaddr *address)
+static struct fi_info *offer_at(const poe_libfabric *library, const char *provider, const struct sockaddr *address)
 {
     size_t bytes = address->sa_family == AF_INET ? sizeof(struct sockaddr_in) : sizeof(struct sockaddr_in6);
-    struct fi_info *hints = hints_for(provider), *found = NULL;
+    struct fi_info *hints = hints_for(library, provider), *found = NULL;
     if (!hints)
         return NULL;
     hints->addr_format = address->sa_family == AF_INET ? FI_SOCKADDR_IN : FI_SOCKADDR_IN6;
@@ -90,9 +91,9 @@ static struct fi_info *offer_at(const char *provider, const struct sockaddr *add
     hints->src_addrlen = hints->src_addr ? bytes : 0;
     if (hints->src_addr)
         memcpy(hints->src_addr, address, bytes);
-    if (fi_getinfo(API, NULL, NULL, 0, hints, &found) != 0)
+    if (library->getinfo(API, NULL, NULL, 0, hints, &found) != 0)
         found = NULL;
-    fi_freeinfo(hints);
+    library->freeinfo(hints);
     return found;
 }
 
@@ -107,14 +108,15 @@ static bool is_usable(const struct ifaddrs *i, bool loopback)
 }
 
 /* The first that the provider works at, IPv4 before IPv6. `name`: NULL for any. */
-static struct fi_info *try_interfaces(const struct ifaddrs *all, const char *name, bool loopback, const char *provider)
+static struct fi_info *try_interfaces(const poe_libfabric *library, const struct ifaddrs *all, const char *name,
+                                      bool loopback, const char *provider)
 {
     static const int families[] = {AF_INET, AF_INET6};
     for (int f = 0; f < 2; f++)
         for (const struct ifaddrs *i = all; i; i = i->ifa_next) {
             if (!is_usable(i, loopback) || i->ifa_addr->sa_family != families[f] || (name && strcmp(name, i->ifa_name)))
                 continue;
-            struct fi_info *found = offer_at(provider, i->ifa_addr);
+            struct fi_info *found = offer_at(library, provider, i->ifa_addr);
             if (found)
                 return found;
         }
@@ -128,34 +130,35 @@ static poe_status refuse_interface(const struct ifaddrs *all, const char *name, 
         if (is_usable(i, true) || is_usable(i, false))
             list(names, i->ifa_name);
     if (name)
-        poe_error("--interface: found \"%s\", allowed are the network interfaces of this host that are up and serve %s: "
-                  "%s", name, provider, names);
+        poe_error("--interface: found \"%s\", allowed are the network interfaces of this host that are up and serve "
+                  "%s: %s", name, provider, names);
     else
         poe_error("--transport fabric: provider %s works at no network interface of this host: %s", provider, names);
     return POE_BAD_INPUT;
 }
 
 /* Between ranks of one host nothing leaves it, where the provider can do that. */
-static poe_status choose_address(const poe_fabric_settings *settings, bool alone, struct fi_info **info)
+static poe_status choose_address(const poe_libfabric *library, const poe_fabric_settings *settings, bool alone,
+                                 struct fi_info **info)
 {
     const char *provider = settings->provider && settings->provider[0] ? settings->provider : "tcp";
     const char *name = settings->interface && settings->interface[0] ? settings->interface : NULL;
     struct ifaddrs *all = NULL;
-    struct fi_info *any = NULL, *hints = hints_for(provider);
-    int result = hints ? fi_getinfo(API, NULL, NULL, 0, hints, &any) : -FI_ENOMEM;
-    fi_freeinfo(hints);
+    struct fi_info *any = NULL, *hints = hints_for(library, provider);
+    int result = hints ? library->getinfo(API, NULL, NULL, 0, hints, &any) : -FI_ENOMEM;
+    library->freeinfo(hints);
     if (result != 0)
-        return refuse_provider(provider);
-    fi_freeinfo(any);
+        return refuse_provider(library, provider);
+    library->freeinfo(any);
     if (getifaddrs(&all) != 0) {
         poe_error("--transport fabric: the network interfaces of this host cannot be listed: %s", strerror(errno));
         return POE_FAILED;
     }
     struct fi_info *found = NULL;
     if (name || alone)
-        found = try_interfaces(all, name, true, provider);
+        found = try_interfaces(library, all, name, true, provider);
     if (!found)
-        found = try_interfaces(all, name, false, provider);
+        found = try_interfaces(library, all, name, false, provider);
     poe_status status = found ? POE_OK : refuse_interface(all, name, provider);
     freeifaddrs(all);
     *info = found;
@@ -203,9 +206,9 @@ static poe_status open_door(fabric *f, const poe_fabric_settings *settings, int 
         return POE_OK;
     if (settings->port_low)
         poe_error("--port-range %d-%d: rank %d finds no free port there (%s); give a larger range, one port for each "
-                  "rank of a host", settings->port_low, settings->port_high, rank, fi_strerror(-result));
+                  "rank of a host", settings->port_low, settings->port_high, rank, f->library->strerror(-result));
     else
-        poe_error("--transport fabric: rank %d cannot listen for the others: %s", rank, fi_strerror(-result));
+        poe_error("--transport fabric: rank %d cannot listen for the others: %s", rank, f->library->strerror(-result));
     return POE_BAD_INPUT;
 }
 
@@ -213,7 +216,7 @@ static int open_objects(fabric *f)
 {
     struct fi_eq_attr eq = {.wait_obj = FI_WAIT_FD};
     struct fi_cq_attr cq = {.wait_obj = FI_WAIT_FD, .format = FI_CQ_FORMAT_MSG, .size = 1024};
-    int result = fi_fabric(f->info->fabric_attr, &f->fid, NULL);
+    int result = f->library->fabric(f->info->fabric_attr, &f->fid, NULL);
     if (result == 0)
         result = fi_eq_open(f->fid, &eq, &f->eq, NULL);
     if (result == 0)
@@ -237,14 +240,15 @@ poe_status poe_fabric_listen(const poe_fabric_settings *settings, bool alone, in
         return POE_FAILED;
     }
     f->wake_fd = -1;
-    poe_status status = choose_address(settings, alone, &f->info);
+    f->library = poe_libfabric_load();
+    poe_status status = f->library ? choose_address(f->library, settings, alone, &f->info) : POE_BAD_INPUT;
     if (status == POE_OK) {
         f->registers = settings->registers || (f->info->domain_attr->mr_mode & FI_MR_LOCAL);
         f->parts = f->info->tx_attr->iov_limit < MAX_PARTS ? (int)f->info->tx_attr->iov_limit : MAX_PARTS;
         int result = open_objects(f);
         if (result != 0) {
             poe_error("--transport fabric: libfabric's provider %s cannot be opened: %s",
-                      f->info->fabric_attr->prov_name, fi_strerror(-result));
+                      f->info->fabric_attr->prov_name, f->library->strerror(-result));
             status = POE_FAILED;
         }
     }
@@ -295,7 +299,8 @@ void poe_fabric_close(fabric *f)
     free_lists(f);
     if (f->wake_fd >= 0)
         close(f->wake_fd);
-    fi_freeinfo(f->info);
+    if (f->info)
+        f->library->freeinfo(f->info);
     free(f->dump);
     free(f->peers);
     free(f->names);
@@ -318,6 +323,8 @@ poe_status poe_fabric_create(poe_comm *over, const poe_fabric_settings *settings
     fabric *f = NULL;
     fabric_name *names = calloc((size_t)size, sizeof(*names));
     poe_status status = names ? make_secret(rank, secret) : POE_FAILED;
+    if (!names)
+        poe_error("out of memory for the addresses of %d ranks", size);
     if (status == POE_OK)
         status = poe_fabric_listen(settings, poe_comm_host_ranks(over) == size, rank, &f);
     status = poe_comm_agree(over, status);

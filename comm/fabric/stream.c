@@ -221,17 +221,18 @@ static bool say_windows(peer *p)
     return true;
 }
 
-static bool say_controls(peer *p)
+static void say_controls(peer *p)
 {
     if (!say_windows(p))
-        return false;
+        return;
     if (p->bye_answer && say(p, (poe_unit){.type = POE_UNIT_BYE_ANSWER}))
         p->bye_answer = p->news = false;
-    if (p->bye && !p->bye_said && say(p, (poe_unit){.type = POE_UNIT_BYE}))
-        p->bye_said = true, p->news = false;
+    if (p->bye && !p->bye_said && say(p, (poe_unit){.type = POE_UNIT_BYE})) {
+        p->bye_said = true;
+        p->news = false;
+    }
     if (p->news && say(p, (poe_unit){.type = POE_UNIT_NEWS}))
         p->news = false;
-    return !p->bye_answer && !p->news && p->bye == p->bye_said;
 }
 
 void poe_stream_pump(peer *p)

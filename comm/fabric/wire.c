@@ -84,7 +84,7 @@ bool poe_unit_decode(const unsigned char *wire, size_t bytes, poe_unit *unit, ch
     }
     if (is_sound(unit) && (length == bytes || unit->type != POE_UNIT_DATA || poe_unit_is_short(unit)))
         return true;
-    snprintf(why, POE_WIRE_WHY, "type %d, channel %d, %" PRIu32 " bytes at %" PRIu64 " of %" PRIu64 " do not go together",
+    snprintf(why, POE_WIRE_WHY, "type %d, channel %d, %" PRIu32 " bytes at %" PRIu64 " of %" PRIu64 " do not fit",
              unit->type, unit->channel, unit->bytes, unit->offset, unit->total);
     return false;
 }

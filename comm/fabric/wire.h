@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT
  * What travels on a connection of the fabric transport, little-endian. Messages are cut into units; a unit is a header
- * of 64 bytes, with a body behind it when that is short, or else in a message of libfabric's own. Several units travel in
- * one such message, one behind the other; that of a long body is the last. The greeting goes with the request for a
+ * of 64 bytes, with a body behind it when that is short, or else in a message of libfabric's own. Several units travel
+ * in one such message, one behind the other; that of a long body is the last. The greeting goes with the request for a
  * connection and with its acceptance. Nothing in either is believed before its checksum holds. */
 #ifndef POE_COMM_FABRIC_WIRE_H
 #define POE_COMM_FABRIC_WIRE_H

@@ -160,7 +160,8 @@ static double hidden(const pair *p, size_t bytes, int count, double alone)
 static void bench_length(const pair *p, const bench *b, size_t bytes)
 {
     static double times[2][MAX_REPS];
-    int reps = bytes <= 4096 ? 1000 : bytes <= 1 << 20 ? 200 : 15, count = bytes <= 4096 ? 2000 : bytes <= 1 << 20 ? 300 : 12;
+    int reps = bytes <= 4096 ? 1000 : bytes <= 1 << 20 ? 200 : 15;
+    int count = bytes <= 4096 ? 2000 : bytes <= 1 << 20 ? 300 : 12;
     if (b->quick)
         reps = reps / 10 + 3, count = count / 10 + 3;
     double *own = times[p->first];
@@ -202,7 +203,7 @@ static double bench_sum(poe_comm *comm)
     CHECK_INT(poe_reduce_open(comm, &settings, &reduce), POE_OK);
     for (int i = 0; i < 3; i++) {
         double start = poe_now();
-        CHECK_INT(poe_reduce_begin(reduce, i, values), POE_OK);
+        CHECK_INT(poe_reduce_begin(reduce, i, values, values), POE_OK);
         CHECK_INT(poe_reduce_end(reduce, i), POE_OK);
         times[i] = poe_now() - start;
     }
@@ -277,8 +278,9 @@ int main(int argc, char **argv)
     int rank, size;
     if (strcmp(b.name, "inproc") == 0)
         return run_threads(&b);
-    if (!poe_mpi_launched() || poe_mpi_start(&rank, &size) != POE_OK || size != 2 || poe_mpi_create(&b.transport) != POE_OK) {
-        fprintf(stderr, "usage: bench_transports inproc [quick], or mpiexec -n 2 bench_transports mpi|fabric [quick]\n");
+    if (!poe_mpi_launched() || poe_mpi_start(&rank, &size) != POE_OK || size != 2 ||
+        poe_mpi_create(&b.transport) != POE_OK) {
+        fprintf(stderr, "usage: bench_transports inproc [quick], mpiexec -n 2 bench_transports mpi|fabric [quick]\n");
         return 2;
     }
     run_rank(&b);

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shutil
+import socket
 import stat
 import struct
 import subprocess
@@ -41,7 +42,8 @@ def ranks_and_stages(folder):
     refuse(tiny(folder), '--ranks', '3', ranks=2, launches=(poe.RANKS,))
     refuse(tiny(folder), '3 stages', '2 ranks', ranks=2, launches=(poe.MPIEXEC,))
     refuse(tiny(folder), '3 stages', '4 ranks', ranks=4, launches=(poe.MPIEXEC,))
-    refuse(tiny(folder, transport='mpi'), '--transport', launches=(poe.THREADS,))
+    for transport in ('mpi', 'fabric'):
+        refuse(tiny(folder, transport=transport), f'--transport {transport}', launches=(poe.THREADS,))
     check_untouched(folder)
 
 
@@ -66,6 +68,9 @@ def flag_values(folder):
                            ({'sync': 'stale:0'}, ('--sync', 'stale:0', 'every:N')),
                            ({'sync': 'often'}, ('--sync', 'often')),
                            ({'head': 'px'}, ('--head', 'px', 'sh', 'ps')),
+                           ({'wire': 'fp4'}, ('--wire', 'fp4', 'bf16', 'int8')),
+                           ({'wire_shared': 'fp8'}, ('--wire-shared', 'fp8', 'bf16')),
+                           ({'objective': 'bp', 'wire_shared': 'bf16'}, ('--wire-shared bf16', '--objective bp')),
                            ({'kernels': 'sse'}, ('--kernels', 'sse', 'avx2')),
                            ({'seed': '99999999999999999999'}, ('--seed',)),
                            ({'deadline': '0'}, ('--deadline', '0.1'))):
@@ -88,6 +93,18 @@ def networks(folder):
                          (rules, (rules, 'line 3', "'0-1:rtt=5'", 'allowed')), ('nothing', ('nothing', 'file'))):
         refuse(tiny(folder, net=value), '--net', *words, launches=(poe.THREADS, poe.RANKS))
     refuse(tiny(folder, net='0-9:rtt=5ms', dry_run=True), 'no rank 9', launches=(poe.THREADS,))
+    check_untouched(folder)
+
+
+def fabrics(folder):
+    for value in ('7000', '7000-6999', '0-10', '7000-70000', '7000-8000x', 'any'):
+        refuse(tiny(folder, port_range=value), '--port-range', value, 'A-B', launches=(poe.THREADS,))
+    with socket.create_server(('127.0.0.1', 0)) as busy:
+        port = busy.getsockname()[1]
+        for changes, words in (({'fabric_provider': 'nonsense'}, ('--fabric-provider', 'nonsense', 'tcp')),
+                               ({'interface': 'nonsense0'}, ('--interface', 'nonsense0', 'lo')),
+                               ({'port_range': f'{port}-{port}'}, ('--port-range', f'{port}-{port}', 'no free port'))):
+            refuse(tiny(folder, transport='fabric', **changes), *words, launches=(poe.RANKS, poe.MPIEXEC))
     check_untouched(folder)
 
 
@@ -288,5 +305,5 @@ def plans(folder):
     poe.check(not os.listdir(folder), os.listdir(folder))
 
 
-poe.main(stages, ranks_and_stages, sizes, flag_values, networks, files, unreadable, shards, texts, configurations, weights,
+poe.main(stages, ranks_and_stages, sizes, flag_values, networks, fabrics, files, unreadable, shards, texts, configurations, weights,
          folders, no_export, full_disk, not_a_number, late_infinity, other_configuration, commands, plans)
