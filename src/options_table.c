@@ -134,7 +134,7 @@ const poe_option poe_option_table[] = {
     INT("ranks", ranks, "0", 0, POE_OPTION_STAGES, TRAIN, CALL,
         "start so many by mpiexec; 0: one process, or as mpiexec did"),
     WORD("transport", transport, "auto", "auto|inproc|mpi|fabric", TRAIN, CHANGEABLE,
-         "how ranks talk; auto: mpi under mpiexec"),
+         "how ranks talk; auto: fabric under mpiexec"),
     STRING("fabric-provider", "NAME", fabric_provider, "tcp", TRAIN, CHANGEABLE,
            "fabric: libfabric's provider of the connections"),
     STRING("interface", "NAME", interface, NULL, TRAIN, LOCAL,
