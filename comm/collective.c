@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT
- * Small collective calls. Each is a few transfers between neighbours in the chain 0-1-...-size-1, one after the
- * other, which the helper thread carries out. Every transfer names the call it belongs to, so that ranks that are in
- * different calls find out. */
+ * Small collective calls. The ranks are a binary tree with rank 0 at its root, so that a call takes some 2 log2(size)
+ * transfers one after the other, which the helper thread carries out. Every transfer names the call it belongs to, so
+ * that ranks that are in different calls find out. */
 #include <assert.h>
 #include <inttypes.h>
 #include <stdio.h>
@@ -16,8 +16,16 @@ typedef enum call_kind { BARRIER = 1, BROADCAST, GATHER, AGREE, END } call_kind;
 
 typedef enum phase { IDLE, FRAME, PAYLOAD } phase;
 
+/* The ranks first..end-1: the first one and all below it in the tree. */
+typedef struct branch {
+    int first, end;
+} branch;
+
 struct poe_chain {
     poe_part part;
+    int parent; /* -1: none */
+    branch own, children[2];
+    int n_children;
     poe_operation operations[2]; /* frame, payload */
     int32_t *outcomes;           /* (size) */
     int64_t calls;               /* so far */
@@ -130,25 +138,37 @@ static poe_status transfer(poe_chain *chain, call_kind kind, bool sending, int p
     return poe_part_wait(&chain->part, &wait, is_done);
 }
 
-/* Up the chain each rank adds its own; the last one has all, and all goes back down. */
+static bool holds(branch b, int rank)
+{
+    return b.first <= rank && rank < b.end;
+}
+
+/* The values of a branch within those of all ranks, `bytes` each. */
+static poe_status transfer_branch(poe_chain *chain, call_kind kind, bool sending, int peer, branch b, void *all, size_t bytes)
+{
+    unsigned char *data = all;
+    return transfer(chain, kind, sending, peer, bytes ? data + (size_t)b.first * bytes : data,
+                    (size_t)(b.end - b.first) * bytes);
+}
+
+/* Towards the root each rank adds its own to what is below it; the root has all, and all goes back. */
 static poe_status gather(poe_comm *comm, call_kind kind, const char *name, const void *mine, void *all, size_t bytes)
 {
     poe_chain *chain = comm->chain;
-    int rank = poe_comm_rank(comm), size = poe_comm_size(comm);
-    size_t before = (size_t)rank * bytes, whole = (size_t)size * bytes;
+    branch whole = {0, poe_comm_size(comm)};
     poe_status status = atomic_load(&comm->status);
     chain->calls++;
     chain->name = name;
-    if (status == POE_OK && rank > 0)
-        status = transfer(chain, kind, false, rank - 1, all, before);
+    for (int i = 0; status == POE_OK && i < chain->n_children; i++)
+        status = transfer_branch(chain, kind, false, chain->children[i].first, chain->children[i], all, bytes);
     if (bytes)
-        memcpy((unsigned char *)all + before, mine, bytes);
-    if (status == POE_OK && rank + 1 < size)
-        status = transfer(chain, kind, true, rank + 1, all, before + bytes);
-    if (status == POE_OK && rank + 1 < size)
-        status = transfer(chain, kind, false, rank + 1, all, whole);
-    if (status == POE_OK && rank > 0)
-        status = transfer(chain, kind, true, rank - 1, all, whole);
+        memcpy((unsigned char *)all + (size_t)poe_comm_rank(comm) * bytes, mine, bytes);
+    if (status == POE_OK && chain->parent >= 0)
+        status = transfer_branch(chain, kind, true, chain->parent, chain->own, all, bytes);
+    if (status == POE_OK && chain->parent >= 0)
+        status = transfer_branch(chain, kind, false, chain->parent, whole, all, bytes);
+    for (int i = 0; status == POE_OK && i < chain->n_children; i++)
+        status = transfer_branch(chain, kind, true, chain->children[i].first, whole, all, bytes);
     return status;
 }
 
@@ -162,19 +182,26 @@ poe_status poe_comm_gather(poe_comm *comm, const void *mine, void *all, size_t b
     return gather(comm, GATHER, "a gathering", mine, all, bytes);
 }
 
+/* From `root` towards rank 0, and from every rank on that way to the others below it. Those have nothing to send towards
+ * the root of the tree and do so all the same: every call begins in that direction, lest two ranks that are in different
+ * ones should wait for each other. */
 poe_status poe_comm_broadcast(poe_comm *comm, int root, void *data, size_t bytes)
 {
     poe_chain *chain = comm->chain;
-    int rank = poe_comm_rank(comm), size = poe_comm_size(comm);
+    bool above = holds(chain->own, root);
     poe_status status = atomic_load(&comm->status);
     chain->calls++;
     chain->name = "a broadcast";
-    if (status == POE_OK && rank != root)
-        status = transfer(chain, BROADCAST, false, rank < root ? rank + 1 : rank - 1, data, bytes);
-    if (status == POE_OK && rank <= root && rank > 0)
-        status = transfer(chain, BROADCAST, true, rank - 1, data, bytes);
-    if (status == POE_OK && rank >= root && rank + 1 < size)
-        status = transfer(chain, BROADCAST, true, rank + 1, data, bytes);
+    for (int i = 0; status == POE_OK && i < chain->n_children; i++)
+        status = transfer(chain, BROADCAST, false, chain->children[i].first, data,
+                          holds(chain->children[i], root) ? bytes : 0);
+    if (status == POE_OK && chain->parent >= 0)
+        status = transfer(chain, BROADCAST, true, chain->parent, data, above ? bytes : 0);
+    if (status == POE_OK && chain->parent >= 0 && !above)
+        status = transfer(chain, BROADCAST, false, chain->parent, data, bytes);
+    for (int i = 0; status == POE_OK && i < chain->n_children; i++)
+        if (!holds(chain->children[i], root))
+            status = transfer(chain, BROADCAST, true, chain->children[i].first, data, bytes);
     return status;
 }
 
@@ -203,6 +230,25 @@ poe_status poe_chain_end(poe_comm *comm)
     return gather(comm, END, "the end of the job", NULL, NULL, 0);
 }
 
+/* Finds the rank in the tree: below the first rank of a branch are the two halves of the others. */
+static void take_place(poe_chain *chain, int rank, int size)
+{
+    branch b = {0, size};
+    chain->parent = -1;
+    for (;;) {
+        branch half = {b.first + 1, b.first + 1 + (b.end - b.first) / 2}, other = {half.end, b.end};
+        if (b.first == rank) {
+            chain->own = b;
+            for (int i = 0; i < 2; i++)
+                if ((i ? other : half).first < (i ? other : half).end)
+                    chain->children[chain->n_children++] = i ? other : half;
+            return;
+        }
+        chain->parent = b.first;
+        b = holds(half, rank) ? half : other;
+    }
+}
+
 poe_status poe_chain_create(poe_comm *comm)
 {
     poe_chain *chain = calloc(1, sizeof(*chain));
@@ -216,6 +262,11 @@ poe_status poe_chain_create(poe_comm *comm)
     chain->outcomes = outcomes;
     chain->part = (poe_part){.comm = comm, .advance = advance, .operations = chain->operations, .n_operations = 2};
     comm->chain = chain;
+    take_place(chain, poe_comm_rank(comm), poe_comm_size(comm));
+    if (chain->parent >= 0)
+        poe_watch_add(comm, chain->parent);
+    for (int i = 0; i < chain->n_children; i++)
+        poe_watch_add(comm, chain->children[i].first);
     poe_part_attach(&chain->part);
     return POE_OK;
 }

@@ -255,6 +255,8 @@ static void publish(poe_comm *comm, bool moved)
     comm->stats.messages_sent = comm->tally.messages_sent;
     comm->stats.bytes_received = comm->tally.bytes_received;
     comm->stats.messages_received = comm->tally.messages_received;
+    comm->stats.shared_sent = comm->tally.shared_sent;
+    comm->stats.shared_dense = comm->tally.shared_dense;
     if (moved && comm->wait)
         pthread_cond_broadcast(&comm->changed);
     pthread_mutex_unlock(&comm->lock);

@@ -2,8 +2,8 @@
  * Talking between ranks. A poe_comm is one rank's end: it owns a transport (inproc, mpi, fabric; table in transport.h) and one
  * helper thread, which alone touches the network, so that transfers go on while the rank computes and nobody spins.
  * Three things are built on it: links (ordered, credited, checked streams from one rank to another), reduces (the sum
- * of the shared gradients along a chain of ranks, in fixed order), and small collective calls along the chain
- * 0-1-...-size-1. Nothing here knows what a layer is.
+ * of the shared gradients along a chain of ranks, in fixed order), and small collective calls along a tree. Nothing here
+ * knows what a layer is.
  *
  * Waiting: every call that waits sleeps, and fails with POE_PEER_LOST, said, when the rank it waits for has given no
  * sign of life for `deadline` seconds (ranks that talk to each other exchange heartbeats): the sentence names both
@@ -16,6 +16,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "comm/wire.h"
 #include "src/status.h"
 
 typedef struct poe_comm poe_comm;
@@ -99,7 +100,9 @@ typedef struct poe_reduce_settings {
     int n_ranks;
     int channel;        /* 0..15, not used by a link between the same ranks */
     size_t count;       /* floats of a vector */
-    size_t chunk;       /* floats per message; 0: 262144 */
+    size_t width;       /* floats of a row: rows that are +0 throughout need not travel; divides count; 0: all travels */
+    poe_wire wire;      /* fp32, or bf16: partial sums and totals are rounded wherever they travel */
+    size_t chunk;       /* floats per message, made whole rows; 0: 262144 */
     int slots;          /* vectors that may be under way at once, >= 1 */
     uint64_t run;
 } poe_reduce_settings;
@@ -107,12 +110,13 @@ typedef struct poe_reduce_settings {
 poe_status poe_reduce_open(poe_comm *comm, const poe_reduce_settings *settings, poe_reduce **reduce);
 /* Waits until totals have been passed on, unless vectors are under way: then it gives them up. NULL is legal. */
 void poe_reduce_close(poe_reduce *reduce);
-/* Starts summing `values` (count floats, 64-byte aligned, borrowed until poe_reduce_end()) for `step`: partial sums go
- * down the chain, each rank adds its own (partial + own, in chain order), the total comes back up. Returns at once. At
- * most `slots` vectors are begun and not ended. */
-poe_status poe_reduce_begin(poe_reduce *reduce, int64_t step, float *values);
-/* Waits until `values` of the oldest begun vector, which must be that of `step`, holds the total, and this rank has
- * passed it on, so that the memory is the caller's again. */
+/* Starts summing `own` (count floats) for `step`: partial sums go down the chain, each rank adds its own (partial + own, in
+ * chain order), the total comes back up and is written to `total`, which may be `own`. Both are 64-byte aligned and
+ * borrowed until poe_reduce_end(). Returns at once. At most `slots` vectors are begun and not ended. Every rank gets the
+ * same bits; those are the same whether zero rows travel or not. A chain of one rank rounds nothing. */
+poe_status poe_reduce_begin(poe_reduce *reduce, int64_t step, const float *own, float *total);
+/* Waits until the total of the oldest begun vector, which must be that of `step`, is there, and this rank has passed it
+ * on, so that the memory is the caller's again. */
 poe_status poe_reduce_end(poe_reduce *reduce, int64_t step);
 
 /* --- watching -------------------------------------------------------------------------------------------------------------- */
@@ -121,6 +125,7 @@ typedef struct poe_comm_stats {
     double transfer;      /* seconds during which at least one send was under way */
     double transfer_busy; /* of these, seconds in which the rank's thread was not waiting in a call of this module */
     uint64_t bytes_sent, bytes_received, messages_sent, messages_received;
+    uint64_t shared_sent, shared_dense; /* bytes of sums that were sent, and what all of their rows in fp32 would be */
 } poe_comm_stats;
 void poe_comm_get_stats(poe_comm *comm, poe_comm_stats *stats); /* totals since the start */
 

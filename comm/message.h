@@ -14,7 +14,7 @@ enum { POE_FRAME_BYTES = 128, POE_WHY_BYTES = 160 };
 typedef enum poe_frame_type {
     POE_FRAME_DATA = 1,   /* of a link: the payload follows on its own channel */
     POE_FRAME_CREDIT,     /* of a link: data_hash counts the messages released so far */
-    POE_FRAME_CHUNK,      /* of a reduce: micro is the chunk, data_hash the vector's length; its floats are behind it */
+    POE_FRAME_CHUNK,      /* of a reduce: micro is the chunk, data_hash the vector's length; see reduce.c */
     POE_FRAME_COLLECTIVE, /* kind is the call, step its number; the payload follows on its own channel */
     POE_FRAME_BEAT,       /* a sign of life: what the sender does is behind it */
 } poe_frame_type;

@@ -1,8 +1,10 @@
 /* SPDX-License-Identifier: MIT
  * The shared sum. Chunks are numbered through all vectors and handled strictly in that order. Going down, a rank adds
- * its own to the partial sum in the buffer it came in and sends that buffer on; the last rank turns it round as the
- * total; going up, the buffer is copied out and sent on unchanged, so that all ranks hold the same bits. Receives are
- * posted ahead only as far as buffers are free: the transport holds the sender back, and needs no credits. */
+ * its own to the partial sum that came in and sends the result on from the same buffer; the last rank turns it round as
+ * the total; going up, the buffer is decoded and sent on unchanged, so that all ranks hold the same bits. A chunk is a
+ * frame and a payload on the channel beside it: the payload is the chunk in its wire format or, when that is less, only
+ * the rows that are not +0 throughout, and then their numbers. Receives are posted ahead only as far as buffers are free:
+ * the transport holds the sender back, and needs no credits. */
 #include <assert.h>
 #include <inttypes.h>
 #include <stdio.h>
@@ -15,12 +17,15 @@
 
 enum { DEPTH = 4, ALIGNMENT = 64, DEFAULT_CHUNK = 262144 };
 
-/* Chunk q lives in buffer q % DEPTH: a frame and its floats. */
+enum { WHOLE, SOME_ROWS }; /* kind of a message; of the second, shape[2] counts the rows */
+
+/* Chunk q lives in buffer q % DEPTH: its frame and its payload. */
 typedef struct chunk_ring {
-    unsigned char *buffers;    /* (DEPTH, stride) */
-    poe_operation *operations; /* (DEPTH) */
+    unsigned char *buffers;                        /* (DEPTH, stride) */
+    poe_operation *frame_operations, *operations;  /* (DEPTH) each; the latter of payloads */
+    poe_message messages[DEPTH];                   /* as received, or made */
     bool sending[DEPTH];
-    uint64_t posted, taken;    /* chunks whose receive was posted, chunks handled */
+    uint64_t posted, framed, taken; /* chunks whose receive was posted, whose frame was read, that were handled */
 } chunk_ring;
 
 struct poe_reduce {
@@ -30,16 +35,21 @@ struct poe_reduce {
     int previous, next; /* ranks; -1 at the ends */
     int channel;
     size_t count, chunk, chunks, stride;
+    size_t width; /* floats of a row; 0: no rows */
+    poe_wire wire;
     int slots;
     uint64_t run;
     atomic_int awaited; /* the rank that must act next */
 
-    int64_t *steps;  /* (slots) of vector v in v % slots */
-    float **values;  /* (slots) */
+    int64_t *steps;    /* (slots) of vector v in v % slots */
+    const float **own; /* (slots) */
+    float **totals;    /* (slots) */
     _Atomic uint64_t begun;    /* vectors, by the rank's thread */
     _Atomic uint64_t finished; /* vectors, by the helper thread */
     uint64_t ended;            /* the rank's thread's */
-    chunk_ring down, up;             /* the helper thread's */
+    chunk_ring down, up;             /* the helper thread's, as is the rest */
+    float *sum;     /* (chunk) a partial sum, where a message cannot hold it */
+    uint32_t *rows; /* (chunk / width) those of a chunk that travel */
 };
 
 static poe_reduce *reduce_of(poe_part *part)
@@ -47,14 +57,14 @@ static poe_reduce *reduce_of(poe_part *part)
     return (poe_reduce *)part;
 }
 
-static unsigned char *buffer_of(const poe_reduce *r, const chunk_ring *ring, uint64_t q)
+static unsigned char *frame_at(const poe_reduce *r, const chunk_ring *ring, uint64_t q)
 {
     return ring->buffers + (q % DEPTH) * r->stride;
 }
 
-static float *floats_of(const poe_reduce *r, const chunk_ring *ring, uint64_t q)
+static void *payload_at(const poe_reduce *r, const chunk_ring *ring, uint64_t q)
 {
-    return (float *)(void *)(buffer_of(r, ring, q) + POE_FRAME_BYTES);
+    return frame_at(r, ring, q) + POE_FRAME_BYTES;
 }
 
 static size_t chunk_length(const poe_reduce *r, uint64_t q)
@@ -63,41 +73,78 @@ static size_t chunk_length(const poe_reduce *r, uint64_t q)
     return r->count - first < r->chunk ? r->count - first : r->chunk;
 }
 
-static float *own_chunk(const poe_reduce *r, uint64_t q)
+static const float *own_chunk(const poe_reduce *r, uint64_t q)
 {
-    return r->values[q / r->chunks % (uint64_t)r->slots] + (size_t)(q % r->chunks) * r->chunk;
+    return r->own[q / r->chunks % (uint64_t)r->slots] + (size_t)(q % r->chunks) * r->chunk;
 }
 
-static poe_frame frame_of(const poe_reduce *r, uint64_t q)
+static float *total_chunk(const poe_reduce *r, uint64_t q)
 {
-    return (poe_frame){.type = POE_FRAME_CHUNK,
-                       .run = r->run,
-                       .message = {.step = r->steps[q / r->chunks % (uint64_t)r->slots],
-                                   .micro = (int32_t)(q % r->chunks),
-                                   .data_hash = r->count,
-                                   .bytes = chunk_length(r, q) * sizeof(float)}};
+    return r->totals[q / r->chunks % (uint64_t)r->slots] + (size_t)(q % r->chunks) * r->chunk;
 }
 
+static size_t whole_bytes(const poe_reduce *r, uint64_t q)
+{
+    return poe_wire_bytes(r->wire, 1, chunk_length(r, q));
+}
+
+/* Their values, padded to whole words. */
+static size_t row_values_bytes(const poe_reduce *r, size_t rows)
+{
+    return (poe_wire_bytes(r->wire, rows, r->width) + 3) / 4 * 4;
+}
+
+static size_t rows_bytes(const poe_reduce *r, size_t rows)
+{
+    return row_values_bytes(r, rows) + rows * sizeof(uint32_t);
+}
+
+/* What chunk q's message says of it, but for its kind, number of rows and length. */
+static poe_message message_of(const poe_reduce *r, uint64_t q)
+{
+    return (poe_message){.step = r->steps[q / r->chunks % (uint64_t)r->slots],
+                         .micro = (int32_t)(q % r->chunks),
+                         .shape = {(uint32_t)r->wire, (uint32_t)r->width, 0, 0},
+                         .data_hash = r->count};
+}
+
+/* --- transfers ---------------------------------------------------------------------------------------------------- */
 static void post(poe_reduce *r, chunk_ring *ring, int peer)
 {
     uint64_t q = ring->posted++;
-    poe_part_receive(&r->part, peer, r->channel, buffer_of(r, ring, q),
-                     POE_FRAME_BYTES + chunk_length(r, q) * sizeof(float), &ring->operations[q % DEPTH]);
+    poe_part_receive(&r->part, peer, r->channel, frame_at(r, ring, q), POE_FRAME_BYTES,
+                     &ring->frame_operations[q % DEPTH]);
 }
 
+/* Seals the message in buffer q and sends it. */
 static void send_on(poe_reduce *r, chunk_ring *ring, uint64_t q, int peer)
 {
+    poe_frame frame = {.type = POE_FRAME_CHUNK, .run = r->run, .message = ring->messages[q % DEPTH]};
+    size_t bytes = (size_t)frame.message.bytes;
+    frame.payload_crc = poe_crc32c(0, payload_at(r, ring, q), bytes);
+    poe_frame_encode(&frame, frame_at(r, ring, q));
     ring->sending[q % DEPTH] = true;
     r->part.sending++;
-    poe_part_send(&r->part, peer, r->channel, buffer_of(r, ring, q),
-                  POE_FRAME_BYTES + chunk_length(r, q) * sizeof(float), &ring->operations[q % DEPTH]);
+    r->part.comm->tally.shared_sent += bytes;
+    r->part.comm->tally.shared_dense += chunk_length(r, q) * sizeof(float);
+    poe_part_send(&r->part, peer, r->channel, frame_at(r, ring, q), POE_FRAME_BYTES,
+                  &ring->frame_operations[q % DEPTH]);
+    if (bytes)
+        poe_part_send(&r->part, peer, r->channel + POE_CHANNEL_PAYLOAD, payload_at(r, ring, q), bytes,
+                      &ring->operations[q % DEPTH]);
+}
+
+static bool is_done(poe_reduce *r, const chunk_ring *ring, uint64_t q)
+{
+    return poe_part_done(&r->part, &ring->frame_operations[q % DEPTH]) &&
+           poe_part_done(&r->part, &ring->operations[q % DEPTH]);
 }
 
 static bool collect_sent(poe_reduce *r, chunk_ring *ring)
 {
     bool moved = false;
-    for (int i = 0; i < DEPTH; i++)
-        if (ring->sending[i] && poe_part_done(&r->part, &ring->operations[i])) {
+    for (uint64_t i = 0; i < DEPTH; i++)
+        if (ring->sending[i] && is_done(r, ring, i)) {
             ring->sending[i] = false;
             r->part.sending--;
             moved = true;
@@ -112,28 +159,165 @@ static void post_free(poe_reduce *r, chunk_ring *ring, int peer)
         post(r, ring, peer);
 }
 
+static void refuse(poe_reduce *r, uint64_t q, int peer, const char *why)
+{
+    poe_comm_lose(r->part.comm, "sum of %s: rank %d expects chunk %zu of vector %" PRIu64
+                  " and refuses what came from rank %d: %s",
+                  r->name, poe_comm_rank(r->part.comm), (size_t)(q % r->chunks), q / r->chunks, peer, why);
+}
+
+/* Its payload may come before this rank has begun the vector: of the frame only the length is believed until then. */
+static bool read_frame(poe_reduce *r, chunk_ring *ring, int peer)
+{
+    uint64_t q = ring->framed;
+    if (q == ring->posted || !poe_part_done(&r->part, &ring->frame_operations[q % DEPTH]))
+        return false;
+    poe_frame got;
+    char why[POE_WHY_BYTES];
+    bool whole = poe_frame_decode(frame_at(r, ring, q), &got, why);
+    if (whole && got.message.bytes > whole_bytes(r, q)) {
+        snprintf(why, sizeof(why), "its length is %" PRIu64 ", expected at most %zu", got.message.bytes,
+                 whole_bytes(r, q));
+        whole = false;
+    }
+    if (!whole) {
+        refuse(r, q, peer, why);
+        return false;
+    }
+    if (got.message.bytes)
+        poe_part_receive(&r->part, peer, r->channel + POE_CHANNEL_PAYLOAD, payload_at(r, ring, q),
+                         (size_t)got.message.bytes, &ring->operations[q % DEPTH]);
+    ring->messages[q % DEPTH] = got.message;
+    ring->framed++;
+    return true;
+}
+
 static bool has_arrived(poe_reduce *r, const chunk_ring *ring)
 {
-    return ring->taken < ring->posted && poe_part_done(&r->part, &ring->operations[ring->taken % DEPTH]);
+    return ring->taken < ring->framed && poe_part_done(&r->part, &ring->operations[ring->taken % DEPTH]);
+}
+
+/* Row numbers rise, and stay within the chunk. */
+static bool rows_in_order(const uint32_t *rows, size_t n, size_t most)
+{
+    for (size_t i = 0; i < n; i++)
+        if (rows[i] >= most || (i > 0 && rows[i] <= rows[i - 1]))
+            return false;
+    return true;
+}
+
+static const uint32_t *rows_at(const poe_reduce *r, const chunk_ring *ring, uint64_t q)
+{
+    size_t rows = ring->messages[q % DEPTH].shape[2];
+    return (const uint32_t *)(const void *)((const char *)payload_at(r, ring, q) + row_values_bytes(r, rows));
+}
+
+/* What only the sender knows, its kind and number of rows, must fit the rest. */
+static bool is_expected(poe_reduce *r, const chunk_ring *ring, uint64_t q, char why[POE_WHY_BYTES])
+{
+    poe_frame got, expected = {.type = POE_FRAME_CHUNK, .run = r->run, .message = message_of(r, q)};
+    poe_message *e = &expected.message;
+    if (!poe_frame_decode(frame_at(r, ring, q), &got, why))
+        return false;
+    size_t rows = got.message.shape[2], most = r->width ? chunk_length(r, q) / r->width : 0;
+    bool sparse = r->width && got.message.kind == SOME_ROWS && rows <= most;
+    e->kind = sparse ? SOME_ROWS : WHOLE;
+    e->shape[2] = sparse ? (uint32_t)rows : 0;
+    e->bytes = sparse ? rows_bytes(r, rows) : whole_bytes(r, q);
+    if (!poe_frame_matches(&got, &expected, why))
+        return false;
+    if (got.message.data_hash != r->count) {
+        snprintf(why, POE_WHY_BYTES, "its vector has %" PRIu64 " numbers, expected %zu", got.message.data_hash,
+                 r->count);
+        return false;
+    }
+    if (!poe_frame_payload_whole(&got, payload_at(r, ring, q), why))
+        return false;
+    if (!sparse || rows_in_order(rows_at(r, ring, q), rows, most))
+        return true;
+    snprintf(why, POE_WHY_BYTES, "its rows are not in order");
+    return false;
 }
 
 static bool check_chunk(poe_reduce *r, const chunk_ring *ring, int peer)
 {
-    uint64_t q = ring->taken;
-    poe_frame got, expected = frame_of(r, q);
     char why[POE_WHY_BYTES];
     poe_watch_heard(r->part.comm, peer, poe_now());
-    if (poe_frame_decode(buffer_of(r, ring, q), &got, why) && poe_frame_matches(&got, &expected, why)) {
-        if (got.message.data_hash == r->count && poe_frame_payload_whole(&got, floats_of(r, ring, q), why))
-            return true;
-        if (got.message.data_hash != r->count)
-            snprintf(why, sizeof(why), "its vector has %" PRIu64 " numbers, expected %zu", got.message.data_hash,
-                     r->count);
-    }
-    poe_comm_lose(r->part.comm, "sum of %s: rank %d expects chunk %zu of step %" PRId64
-                  " and refuses what came from rank %d: %s",
-                  r->name, poe_comm_rank(r->part.comm), (size_t)(q % r->chunks), expected.message.step, peer, why);
+    if (is_expected(r, ring, ring->taken, why))
+        return true;
+    refuse(r, ring->taken, peer, why);
     return false;
+}
+
+/* --- what a chunk is made of ---------------------------------------------------------------------------------------- */
+static bool is_zero(const float *row, size_t n)
+{
+    uint32_t bits, any = 0;
+    for (size_t i = 0; i < n; i++) {
+        memcpy(&bits, &row[i], sizeof(bits));
+        any |= bits;
+    }
+    return any == 0;
+}
+
+/* Fills r->rows; -0 is not +0. */
+static size_t find_rows(poe_reduce *r, const float *values, size_t rows)
+{
+    size_t n = 0;
+    for (size_t i = 0; i < rows; i++) {
+        const float *row = values + i * r->width;
+        if (row[0] != 0 || !is_zero(row, r->width))
+            r->rows[n++] = (uint32_t)i;
+    }
+    return n;
+}
+
+/* Rows move forward only, by whole rows: `values` may be the payload itself. */
+static void pack_rows(poe_reduce *r, void *payload, const float *values, size_t rows)
+{
+    for (size_t i = 0; i < rows; i++) {
+        char *to = (char *)payload + poe_wire_bytes(r->wire, i, r->width);
+        const float *from = values + r->rows[i] * r->width;
+        if ((const void *)to != from)
+            poe_wire_encode(r->wire, to, from, 1, r->width);
+    }
+    size_t used = poe_wire_bytes(r->wire, rows, r->width), padded = row_values_bytes(r, rows);
+    memset((char *)payload + used, 0, padded - used);
+    memcpy((char *)payload + padded, r->rows, rows * sizeof(uint32_t));
+}
+
+/* Makes `values` (of the chunk's length; under fp32 they may be in the payload's place already) chunk q's message. */
+static void encode(poe_reduce *r, chunk_ring *ring, uint64_t q, const float *values)
+{
+    poe_message *message = &ring->messages[q % DEPTH];
+    void *payload = payload_at(r, ring, q);
+    size_t n = chunk_length(r, q), rows = r->width ? find_rows(r, values, n / r->width) : 0;
+    *message = message_of(r, q);
+    message->bytes = whole_bytes(r, q);
+    if (r->width && rows_bytes(r, rows) < message->bytes) {
+        pack_rows(r, payload, values, rows);
+        message->kind = SOME_ROWS;
+        message->shape[2] = (uint32_t)rows;
+        message->bytes = rows_bytes(r, rows);
+    } else if (values != payload) {
+        poe_wire_encode(r->wire, payload, values, 1, n);
+    }
+}
+
+static void decode(const poe_reduce *r, const chunk_ring *ring, uint64_t q, float *values)
+{
+    const poe_message *message = &ring->messages[q % DEPTH];
+    const char *payload = payload_at(r, ring, q);
+    size_t n = chunk_length(r, q);
+    if (message->kind == WHOLE) {
+        poe_wire_decode(r->wire, values, payload, 1, n);
+        return;
+    }
+    const uint32_t *rows = rows_at(r, ring, q);
+    memset(values, 0, n * sizeof(float));
+    for (size_t i = 0; i < message->shape[2]; i++)
+        poe_wire_decode(r->wire, values + rows[i] * r->width, payload + poe_wire_bytes(r->wire, i, r->width), 1,
+                        r->width);
 }
 
 static void add(float *restrict sum, const float *restrict own, size_t n)
@@ -142,13 +326,18 @@ static void add(float *restrict sum, const float *restrict own, size_t n)
         sum[i] += own[i];
 }
 
-static void seal(poe_reduce *r, chunk_ring *ring, uint64_t q)
+/* The partial sum in buffer q and this rank's own. A whole chunk of floats is added to where it is. */
+static void add_own(poe_reduce *r, chunk_ring *ring, uint64_t q)
 {
-    poe_frame frame = frame_of(r, q);
-    frame.payload_crc = poe_crc32c(0, floats_of(r, ring, q), (size_t)frame.message.bytes);
-    poe_frame_encode(&frame, buffer_of(r, ring, q));
+    bool in_place = r->wire == POE_WIRE_FP32 && ring->messages[q % DEPTH].kind == WHOLE;
+    float *sum = in_place ? payload_at(r, ring, q) : r->sum;
+    if (!in_place)
+        decode(r, ring, q, sum);
+    add(sum, own_chunk(r, q), chunk_length(r, q));
+    encode(r, ring, q, sum);
 }
 
+/* --- advancing ---------------------------------------------------------------------------------------------------- */
 static bool is_begun(const poe_reduce *r, uint64_t q)
 {
     return q / r->chunks < atomic_load(&r->begun);
@@ -166,8 +355,7 @@ static bool feed(poe_reduce *r)
     uint64_t q = r->down.taken;
     if (!is_begun(r, q) || r->down.sending[q % DEPTH])
         return false;
-    memcpy(floats_of(r, &r->down, q), own_chunk(r, q), chunk_length(r, q) * sizeof(float));
-    seal(r, &r->down, q);
+    encode(r, &r->down, q, own_chunk(r, q));
     send_on(r, &r->down, q, r->next);
     r->down.taken++;
     return true;
@@ -178,15 +366,14 @@ static bool take_partial(poe_reduce *r)
     uint64_t q = r->down.taken;
     if (!is_begun(r, q) || !has_arrived(r, &r->down) || !check_chunk(r, &r->down, r->previous))
         return false;
-    add(floats_of(r, &r->down, q), own_chunk(r, q), chunk_length(r, q));
-    seal(r, &r->down, q);
+    add_own(r, &r->down, q);
     r->down.taken++;
     if (r->next >= 0) {
         send_on(r, &r->down, q, r->next);
         return true;
     }
-    memcpy(own_chunk(r, q), floats_of(r, &r->down, q), chunk_length(r, q) * sizeof(float));
     send_on(r, &r->down, q, r->previous);
+    decode(r, &r->down, q, total_chunk(r, q)); /* as everyone else does */
     finish_chunk(r, q);
     return true;
 }
@@ -196,10 +383,10 @@ static bool take_total(poe_reduce *r)
     uint64_t q = r->up.taken;
     if (!is_begun(r, q) || !has_arrived(r, &r->up) || !check_chunk(r, &r->up, r->next))
         return false;
-    memcpy(own_chunk(r, q), floats_of(r, &r->up, q), chunk_length(r, q) * sizeof(float));
     r->up.taken++;
     if (r->previous >= 0)
         send_on(r, &r->up, q, r->previous);
+    decode(r, &r->up, q, total_chunk(r, q));
     finish_chunk(r, q);
     return true;
 }
@@ -209,10 +396,14 @@ static bool advance(poe_part *part)
 {
     poe_reduce *r = reduce_of(part);
     bool moved = collect_sent(r, &r->down) | collect_sent(r, &r->up);
-    if (r->previous >= 0)
+    if (r->previous >= 0) {
         post_free(r, &r->down, r->previous);
-    if (r->next >= 0)
+        moved |= read_frame(r, &r->down, r->previous);
+    }
+    if (r->next >= 0) {
         post_free(r, &r->up, r->next);
+        moved |= read_frame(r, &r->up, r->next);
+    }
     moved |= r->previous >= 0 ? take_partial(r) : feed(r);
     if (r->next >= 0)
         moved |= take_total(r);
@@ -224,39 +415,65 @@ static bool advance(poe_part *part)
 /* --- opening and closing ------------------------------------------------------------------------------------------ */
 static void free_reduce(poe_reduce *r)
 {
+    free(r->rows);
+    free(r->sum);
     free(r->up.buffers);
     free(r->down.buffers);
-    free(r->values);
+    free(r->totals);
+    free(r->own);
     free(r->steps);
     free(r->part.operations);
     free(r);
 }
 
+static size_t aligned(size_t bytes)
+{
+    return (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
+}
+
 static bool allocate(poe_reduce *r)
 {
-    r->part.n_operations = 2 * DEPTH;
-    r->part.operations = calloc(2 * DEPTH, sizeof(*r->part.operations));
+    poe_operation *operations = calloc(4 * DEPTH, sizeof(*operations));
+    r->part.n_operations = 4 * DEPTH;
+    r->part.operations = operations;
     r->steps = calloc((size_t)r->slots, sizeof(*r->steps));
-    r->values = calloc((size_t)r->slots, sizeof(*r->values));
-    r->stride = (POE_FRAME_BYTES + r->chunk * sizeof(float) + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
+    r->own = calloc((size_t)r->slots, sizeof(*r->own));
+    r->totals = calloc((size_t)r->slots, sizeof(*r->totals));
+    r->stride = aligned(POE_FRAME_BYTES + poe_wire_bytes(r->wire, 1, r->chunk));
     r->down.buffers = aligned_alloc(ALIGNMENT, DEPTH * r->stride);
     r->up.buffers = aligned_alloc(ALIGNMENT, DEPTH * r->stride);
-    r->down.operations = r->part.operations;
-    r->up.operations = r->part.operations + DEPTH;
-    return r->part.operations && r->steps && r->values && r->down.buffers && r->up.buffers;
+    r->sum = aligned_alloc(ALIGNMENT, aligned(r->chunk * sizeof(float)));
+    r->rows = calloc(r->width ? r->chunk / r->width : 1, sizeof(*r->rows));
+    if (!operations || !r->steps || !r->own || !r->totals || !r->down.buffers || !r->up.buffers || !r->sum || !r->rows)
+        return false;
+    r->down.frame_operations = operations;
+    r->down.operations = operations + DEPTH;
+    r->up.frame_operations = operations + 2 * DEPTH;
+    r->up.operations = operations + 3 * DEPTH;
+    return true;
+}
+
+/* Whole rows, at least one. */
+static size_t chunk_of(const poe_reduce_settings *settings)
+{
+    size_t chunk = settings->chunk ? settings->chunk : DEFAULT_CHUNK, width = settings->width;
+    if (width)
+        chunk = chunk > width ? chunk / width * width : width;
+    return chunk < settings->count ? chunk : settings->count;
 }
 
 poe_status poe_reduce_open(poe_comm *comm, const poe_reduce_settings *settings, poe_reduce **reduce)
 {
     assert(settings->count > 0 && settings->slots >= 1 && settings->channel >= 0 && settings->channel < 16);
+    assert(!settings->width || settings->count % settings->width == 0);
     if (poe_comm_lost(comm))
         return POE_PEER_LOST;
     poe_reduce *r = calloc(1, sizeof(*r));
     if (r) {
         r->count = settings->count;
-        r->chunk = settings->chunk ? settings->chunk : DEFAULT_CHUNK;
-        if (r->chunk > r->count)
-            r->chunk = r->count;
+        r->width = settings->width;
+        r->wire = settings->wire;
+        r->chunk = chunk_of(settings);
         r->chunks = (r->count + r->chunk - 1) / r->chunk;
         r->slots = settings->slots;
     }
@@ -308,14 +525,17 @@ void poe_reduce_close(poe_reduce *reduce)
 }
 
 /* --- the rank's thread -------------------------------------------------------------------------------------------- */
-poe_status poe_reduce_begin(poe_reduce *reduce, int64_t step, float *values)
+poe_status poe_reduce_begin(poe_reduce *reduce, int64_t step, const float *own, float *total)
 {
     uint64_t begun = reduce->begun;
     assert(begun - reduce->ended < (uint64_t)reduce->slots);
     if (poe_comm_lost(reduce->part.comm))
         return POE_PEER_LOST;
     reduce->steps[begun % (uint64_t)reduce->slots] = step;
-    reduce->values[begun % (uint64_t)reduce->slots] = values;
+    reduce->own[begun % (uint64_t)reduce->slots] = own;
+    reduce->totals[begun % (uint64_t)reduce->slots] = total;
+    if (reduce->n_ranks == 1 && total != own)
+        memcpy(total, own, reduce->count * sizeof(float));
     atomic_fetch_add(&reduce->begun, 1);
     if (reduce->n_ranks == 1)
         atomic_fetch_add(&reduce->finished, 1);

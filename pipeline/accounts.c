@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 #include "pipeline/accounts.h"
 
+#include "pipeline/trace.h"
 #include "src/clock.h"
 
 const char *poe_account_name(poe_account account)
@@ -36,6 +37,11 @@ double poe_account_busy(const poe_account_times *t)
     return t->seconds[POE_ACCOUNT_FORWARD] + t->seconds[POE_ACCOUNT_BACKWARD] + t->seconds[POE_ACCOUNT_OPTIMIZER];
 }
 
+double poe_account_step_seconds(const poe_account_times *times)
+{
+    return times->wall - times->seconds[POE_ACCOUNT_CHECKPOINT];
+}
+
 void poe_account_add(poe_account_times *sum, const poe_account_times *times)
 {
     for (int i = 0; i < POE_ACCOUNT_COUNT; i++)
@@ -47,11 +53,13 @@ void poe_account_add(poe_account_times *sum, const poe_account_times *times)
 static void pass(poe_accounts *a, poe_account account, double at)
 {
     double passed = at > a->since ? at - a->since : 0;
+    if (a->trace && passed > 0)
+        poe_trace_slice(a->trace, account, a->step, a->micro, a->since, at);
     if (account == POE_ACCOUNT_OUTSIDE)
         a->outside += passed;
     else
         a->times.seconds[account] += passed;
-    a->since += passed;
+    a->since = passed > 0 ? at : a->since;
 }
 
 /* --- what comm says ----------------------------------------------------------------------------------------------------------- */
@@ -73,21 +81,39 @@ static void waited(void *context, poe_wait_kind kind, int peer, int channel, dou
     }
 }
 
+static void sent(void *context, int peer, int channel, const poe_message *message)
+{
+    poe_accounts *a = context;
+    poe_trace_message(a->trace, true, peer, channel, message, poe_now());
+}
+
+static void received(void *context, int peer, int channel, const poe_message *message)
+{
+    poe_accounts *a = context;
+    poe_trace_message(a->trace, false, peer, channel, message, poe_now());
+}
+
 /* --- what the rank says ------------------------------------------------------------------------------------------------------- */
 
-void poe_accounts_start(poe_accounts *a, poe_comm *comm)
+void poe_accounts_start(poe_accounts *a, poe_comm *comm, struct poe_trace *trace)
 {
     double now = poe_now();
-    *a = (poe_accounts){.comm = comm, .current = POE_ACCOUNT_OTHER, .since = now, .opened = now, .started = now};
-    poe_comm_observer observer = {.context = a, .waited = waited};
+    *a = (poe_accounts){.comm = comm,
+                        .trace = trace,
+                        .current = POE_ACCOUNT_OTHER,
+                        .micro = -1,
+                        .since = now,
+                        .opened = now,
+                        .started = now};
+    poe_comm_observer observer = {
+        .context = a, .waited = waited, .sent = trace ? sent : NULL, .received = trace ? received : NULL};
     poe_comm_observe(comm, &observer);
 }
 
 void poe_accounts_stop(poe_accounts *a)
 {
-    if (a->comm)
-        poe_comm_observe(a->comm, NULL);
-    a->comm = NULL;
+    pass(a, a->current, poe_now());
+    poe_comm_observe(a->comm, NULL);
 }
 
 void poe_account_enter_at(poe_accounts *a, poe_account account, int64_t step, int micro, double at)

@@ -39,12 +39,17 @@ typedef struct poe_account_times {
 json_t *poe_account_json(const poe_account_times *times);
 /* Forward, backward and optimizer: the time in which a rank does what it is there for. */
 double poe_account_busy(const poe_account_times *times);
+/* A step's seconds without the checkpoint before it. */
+double poe_account_step_seconds(const poe_account_times *times);
 void poe_account_add(poe_account_times *sum, const poe_account_times *times);
 
 enum { POE_ACCOUNT_CHANNELS = 16 };
 
+struct poe_trace;
+
 typedef struct poe_accounts {
-    poe_comm *comm; /* borrowed */
+    poe_comm *comm;          /* borrowed */
+    struct poe_trace *trace; /* borrowed; NULL: none */
     poe_account current;
     int64_t step;
     int micro;
@@ -57,8 +62,9 @@ typedef struct poe_accounts {
     int receive_peer[POE_ACCOUNT_CHANNELS];    /* and from whom */
 } poe_accounts;
 
-/* Begins with POE_ACCOUNT_OTHER; observes `comm` until poe_accounts_stop(). `accounts` stays where it is. */
-void poe_accounts_start(poe_accounts *accounts, poe_comm *comm);
+/* Begins with POE_ACCOUNT_OTHER; observes `comm` until poe_accounts_stop(). `accounts` stays where it is. All that is
+ * accounted and every message of a link is recorded in `trace` (may be NULL). */
+void poe_accounts_start(poe_accounts *accounts, poe_comm *comm, struct poe_trace *trace);
 void poe_accounts_stop(poe_accounts *accounts);
 
 /* From now on (`at`: from then on, not before the last call) time counts as `account`; for the rank's neighbours

@@ -225,7 +225,9 @@ static poe_status prepare(saving *s)
     } need;
     poe_comm *comm = s->store->comm;
     int size = poe_comm_size(comm);
-    need mine = {s->store->leader, poe_stage_file_bytes(s->stage, s->stage_number, s->pending)};
+    need mine = {.leader = s->store->leader};
+    if (s->stage_number >= 0)
+        mine.bytes = poe_stage_file_bytes(s->stage, s->stage_number, s->pending);
     if (s->leads)
         mine.bytes += poe_shared_file_bytes(s->stage, s->pending);
     need all[POE_MAX_STAGES];
@@ -249,6 +251,8 @@ static poe_status prepare(saving *s)
 static poe_status write_own(saving *s)
 {
     char path[POE_PATH_MAX];
+    if (s->stage_number < 0)
+        return POE_OK;
     snprintf(s->own.name, sizeof(s->own.name), "stage-%03d.h5", s->stage_number);
     poe_status status = poe_path(path, "%s/%s", s->temporary, s->own.name);
     if (!status)
@@ -275,18 +279,29 @@ static poe_status write_files(saving *s)
     return save_agree(s, status);
 }
 
+/* Of files of one name, which replicas wrote into different folders, this rank's is the one that is here. */
+static int list_files(const saving *s, const poe_manifest_file *all, poe_manifest_file *files)
+{
+    int n = 0, rank = poe_comm_rank(s->store->comm);
+    for (int r = 0; r < poe_comm_size(s->store->comm); r++) {
+        if (all[r].name[0] && (r == rank || strcmp(all[r].name, s->own.name) != 0))
+            files[n++] = all[r];
+    }
+    files[n++] = s->shared;
+    return n;
+}
+
 static poe_status write_manifest(saving *s)
 {
-    poe_manifest_file files[POE_MAX_STAGES + 1];
-    int size = poe_comm_size(s->store->comm);
-    poe_status status = poe_comm_gather(s->store->comm, &s->own, files, sizeof(s->own));
+    poe_manifest_file all[POE_MAX_STAGES], files[POE_MAX_STAGES + 1];
+    poe_status status = poe_comm_gather(s->store->comm, &s->own, all, sizeof(s->own));
     if (status)
         return status;
-    files[size] = s->shared;
+    int n = list_files(s, all, files);
     poe_log_hold();
     poe_status local = POE_OK;
     if (s->leads) {
-        local = poe_manifest_write(s->temporary, s->facts, files, size + 1);
+        local = poe_manifest_write(s->temporary, s->facts, files, n);
         if (!local)
             local = poe_sync_path(s->temporary);
     }

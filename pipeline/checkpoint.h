@@ -36,7 +36,8 @@ bool poe_checkpoint_store_leads(const poe_checkpoint_store *store);
 /* Not collective, for leaders: sets the store's checkpoints after `step` aside, see poe_checkpoint_abandon(). */
 poe_status poe_checkpoint_store_abandon(const poe_checkpoint_store *store, int64_t step);
 
-/* Writes the state after `step` updates: files under a temporary name, synced, read back; then all ranks agree; then
+/* `stage_number`: whose file this rank writes; -1: another rank that sees the same folder has the same stage and does it.
+ * Writes the state after `step` updates: files under a temporary name, synced, read back; then all ranks agree; then
  * leaders write the manifest (`facts`: rank 0's object: configuration, step, data position, kernels...; others may
  * pass NULL; "step", "pending_totals" and "held_steps" are added) and rename, and older checkpoints beyond `keep` go. A
  * failure anywhere (disk full) leaves the older checkpoints, no temporary file, and POE_FAILED on every rank, said

@@ -7,7 +7,6 @@
 #include <sys/prctl.h>
 #include <time.h>
 
-#include "src/clock.h"
 
 /* --- the row that computes ---------------------------------------------------------------------------------------------------- */
 
@@ -23,6 +22,17 @@ static poe_status backward(poe_compute *c, int slot, const int32_t *targets, int
     return poe_stage_backward(c->stage, slot, targets, n_micro, d_out, d_in, loss);
 }
 
+static poe_status backward_input(poe_compute *c, int slot, const int32_t *targets, int n_micro,
+                                 const poe_crossing *d_out, const poe_crossing *d_in, double *loss)
+{
+    return poe_stage_backward_input(c->stage, slot, targets, n_micro, d_out, d_in, loss);
+}
+
+static void backward_weight(poe_compute *c, int slot)
+{
+    poe_stage_backward_weight(c->stage, slot);
+}
+
 static bool gradients_finite(const poe_compute *c)
 {
     return poe_stage_gradients_finite(c->stage);
@@ -33,9 +43,14 @@ static void update_own(poe_compute *c, const poe_rates *rates)
     poe_stage_update_own(c->stage, rates);
 }
 
-static void update_shared(poe_compute *c, const poe_rates *rates, const float *sum)
+static bool shared_part_finite(const poe_compute *c, poe_shared_part part)
 {
-    poe_stage_update_shared(c->stage, rates, sum);
+    return poe_stage_shared_part_finite(c->stage, part);
+}
+
+static void update_shared_part(poe_compute *c, poe_shared_part part, const poe_rates *rates, const float *sum)
+{
+    poe_stage_update_shared_part(c->stage, part, rates, sum);
 }
 
 static void clear_gradients(poe_compute *c)
@@ -43,19 +58,22 @@ static void clear_gradients(poe_compute *c)
     poe_stage_clear_gradients(c->stage);
 }
 
-static void clear_shared_gradients(poe_compute *c)
+static void clear_shared_part(poe_compute *c, poe_shared_part part)
 {
-    poe_stage_clear_shared_gradients(c->stage);
+    poe_stage_clear_shared_part(c->stage, part);
 }
 
 static const poe_compute_ops computing = {
     .forward = forward,
     .backward = backward,
+    .backward_input = backward_input,
+    .backward_weight = backward_weight,
     .gradients_finite = gradients_finite,
     .update_own = update_own,
-    .update_shared = update_shared,
+    .shared_part_finite = shared_part_finite,
+    .update_shared_part = update_shared_part,
     .clear_gradients = clear_gradients,
-    .clear_shared_gradients = clear_shared_gradients,
+    .clear_shared_part = clear_shared_part,
 };
 
 void poe_compute_init(poe_compute *c, poe_stage *stage)
@@ -73,15 +91,15 @@ static void sleep_until(double deadline)
         ;
 }
 
-/* Until `which` is over that began at `start`. */
-static void emulate(poe_compute *c, poe_emulated which, double start)
+/* Until `which` is over, which began when its account did. */
+static void emulate(poe_compute *c, poe_emulated which)
 {
     double nominal = c->seconds[which], jitter = c->seconds[POE_EMULATED_JITTER];
     if (nominal == 0)
         return;
-    double deadline = start + nominal + (jitter > 0 ? jitter * (2 * poe_rng_uniform(&c->rng) - 1) : 0);
-    sleep_until(deadline);
     poe_accounts *a = c->accounts;
+    double deadline = a->since + nominal + (jitter > 0 ? jitter * (2 * poe_rng_uniform(&c->rng) - 1) : 0);
+    sleep_until(deadline);
     poe_account_enter_at(a, POE_ACCOUNT_OTHER, a->step, a->micro, deadline);
 }
 
@@ -98,21 +116,38 @@ static void emulated_forward(poe_compute *c, int slot, size_t b, size_t t, const
                              const poe_crossing *out)
 {
     (void)slot, (void)idx, (void)in;
-    double start = poe_now();
     c->floats = b * t * c->channels;
     put_zeros(out, c->floats);
-    emulate(c, POE_EMULATED_FORWARD, start);
+    emulate(c, POE_EMULATED_FORWARD);
+}
+
+static void emulate_backward(poe_compute *c, poe_emulated which, const poe_crossing *d_in, double *loss)
+{
+    put_zeros(d_in, c->floats);
+    *loss = 0;
+    emulate(c, which);
 }
 
 static poe_status emulated_backward(poe_compute *c, int slot, const int32_t *targets, int n_micro,
                                     const poe_crossing *d_out, const poe_crossing *d_in, double *loss)
 {
     (void)slot, (void)targets, (void)n_micro, (void)d_out;
-    double start = poe_now();
-    put_zeros(d_in, c->floats);
-    *loss = 0;
-    emulate(c, POE_EMULATED_BACKWARD, start);
+    emulate_backward(c, POE_EMULATED_BACKWARD, d_in, loss);
     return POE_OK;
+}
+
+static poe_status emulated_backward_input(poe_compute *c, int slot, const int32_t *targets, int n_micro,
+                                          const poe_crossing *d_out, const poe_crossing *d_in, double *loss)
+{
+    (void)slot, (void)targets, (void)n_micro, (void)d_out;
+    emulate_backward(c, POE_EMULATED_BACKWARD_INPUT, d_in, loss);
+    return POE_OK;
+}
+
+static void emulated_backward_weight(poe_compute *c, int slot)
+{
+    (void)slot;
+    emulate(c, POE_EMULATED_BACKWARD_WEIGHT);
 }
 
 static bool emulated_gradients_finite(const poe_compute *c)
@@ -124,13 +159,21 @@ static bool emulated_gradients_finite(const poe_compute *c)
 static void emulated_update_own(poe_compute *c, const poe_rates *rates)
 {
     (void)rates;
-    emulate(c, POE_EMULATED_OPTIMIZER, poe_now());
-    poe_account_enter(c->accounts, POE_ACCOUNT_OPTIMIZER, c->accounts->step, c->accounts->micro);
+    poe_accounts *a = c->accounts;
+    poe_account_enter(a, POE_ACCOUNT_OPTIMIZER, a->step, a->micro);
+    emulate(c, POE_EMULATED_OPTIMIZER);
+    poe_account_enter(a, POE_ACCOUNT_OPTIMIZER, a->step, a->micro);
 }
 
-static void emulated_update_shared(poe_compute *c, const poe_rates *rates, const float *sum)
+static bool emulated_part_finite(const poe_compute *c, poe_shared_part part)
 {
-    (void)c, (void)rates, (void)sum;
+    (void)c, (void)part;
+    return true;
+}
+
+static void emulated_update_part(poe_compute *c, poe_shared_part part, const poe_rates *rates, const float *sum)
+{
+    (void)c, (void)part, (void)rates, (void)sum;
 }
 
 /* Nothing was ever added to them. */
@@ -139,14 +182,22 @@ static void emulated_clear(poe_compute *c)
     (void)c;
 }
 
+static void emulated_clear_part(poe_compute *c, poe_shared_part part)
+{
+    (void)c, (void)part;
+}
+
 static const poe_compute_ops emulating = {
     .forward = emulated_forward,
     .backward = emulated_backward,
+    .backward_input = emulated_backward_input,
+    .backward_weight = emulated_backward_weight,
     .gradients_finite = emulated_gradients_finite,
     .update_own = emulated_update_own,
-    .update_shared = emulated_update_shared,
+    .shared_part_finite = emulated_part_finite,
+    .update_shared_part = emulated_update_part,
     .clear_gradients = emulated_clear,
-    .clear_shared_gradients = emulated_clear,
+    .clear_shared_part = emulated_clear_part,
 };
 
 void poe_compute_emulate(poe_compute *c, poe_stage *stage, poe_accounts *accounts,

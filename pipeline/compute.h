@@ -17,11 +17,15 @@ typedef struct poe_compute_ops {
                     const poe_crossing *out);
     poe_status (*backward)(poe_compute *compute, int slot, const int32_t *targets, int n_micro,
                            const poe_crossing *d_out, const poe_crossing *d_in, double *loss);
+    poe_status (*backward_input)(poe_compute *compute, int slot, const int32_t *targets, int n_micro,
+                                 const poe_crossing *d_out, const poe_crossing *d_in, double *loss);
+    void (*backward_weight)(poe_compute *compute, int slot);
     bool (*gradients_finite)(const poe_compute *compute);
     void (*update_own)(poe_compute *compute, const poe_rates *rates);
-    void (*update_shared)(poe_compute *compute, const poe_rates *rates, const float *sum);
+    bool (*shared_part_finite)(const poe_compute *compute, poe_shared_part part);
+    void (*update_shared_part)(poe_compute *compute, poe_shared_part part, const poe_rates *rates, const float *sum);
     void (*clear_gradients)(poe_compute *compute);
-    void (*clear_shared_gradients)(poe_compute *compute);
+    void (*clear_shared_part)(poe_compute *compute, poe_shared_part part);
 } poe_compute_ops;
 
 struct poe_compute {
@@ -37,9 +41,10 @@ struct poe_compute {
 /* The row that computes. */
 void poe_compute_init(poe_compute *compute, poe_stage *stage);
 
-/* The row that sleeps `seconds` (see src/emulation.h) to absolute deadlines, counted from the moment of the call, and puts
- * zeros where results would be. The account at hand gets the time that was asked for; what waking took longer is
- * POE_ACCOUNT_OTHER. The jitter of a rank depends on `seed`, `rank` and the order of its calls alone. */
+/* The row that sleeps `seconds` (see src/emulation.h) to absolute deadlines, counted from the moment that the account at
+ * hand was entered, and puts zeros where results would be. That account gets exactly the time that was asked for; what
+ * waking took longer is POE_ACCOUNT_OTHER. The jitter of a rank depends on `seed`, `rank` and the order of its calls
+ * alone. */
 void poe_compute_emulate(poe_compute *compute, poe_stage *stage, poe_accounts *accounts,
                          const double seconds[POE_EMULATED_COUNT], int64_t seed, int rank);
 

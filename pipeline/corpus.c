@@ -45,7 +45,7 @@ static poe_status train_tokenizer(poe_corpus *c, const poe_options *o)
     return status;
 }
 
-/* Rank 0: the tokenizer, if there is one, and the vocabulary's size. */
+/* Who reads: the tokenizer, if there is one, and the vocabulary's size. */
 static poe_status resolve_tokenizer(poe_corpus *c, const poe_options *o, const char *stored)
 {
     poe_status status = POE_OK;
@@ -85,11 +85,12 @@ static void fill_token_bytes(poe_corpus *c)
     }
 }
 
-poe_status poe_corpus_open_tokenizer(poe_corpus *c, poe_comm *comm, const poe_options *o, const char *stored)
+poe_status poe_corpus_open_tokenizer(poe_corpus *c, poe_comm *comm, const poe_options *o, const char *stored,
+                                     bool everywhere)
 {
-    *c = (poe_corpus){0};
+    *c = (poe_corpus){.reads = everywhere || poe_comm_rank(comm) == 0};
     poe_status status = POE_OK;
-    if (poe_comm_rank(comm) == 0)
+    if (c->reads)
         status = resolve_tokenizer(c, o, stored);
     status = poe_comm_agree(comm, status);
     int32_t facts[2] = {c->vocab_size, c->has_tokenizer};
@@ -186,7 +187,7 @@ static poe_status open_feeds(poe_corpus *c, const poe_options *o, bool evaluatio
 poe_status poe_corpus_open_feeds(poe_corpus *c, poe_comm *comm, const poe_options *o, bool evaluation_only)
 {
     poe_status status = POE_OK;
-    if (poe_comm_rank(comm) == 0)
+    if (c->reads)
         status = open_feeds(c, o, evaluation_only);
     status = poe_comm_agree(comm, status);
     if (status == POE_OK)

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT
- * The data of a run: read by the rank of stage 0 alone; what the others must know of it is broadcast. */
+ * The data of a run: read by the rank of stage 0 alone, or by every replica; what others must know is broadcast. */
 #ifndef POE_PIPELINE_CORPUS_H
 #define POE_PIPELINE_CORPUS_H
 
@@ -18,7 +18,8 @@ typedef struct poe_corpus {
     int32_t *token_bytes; /* (vocab_size): bytes of each token, 0 for special ones; all 1 without a tokenizer */
     int32_t n_eval;       /* micro-batches of an evaluation; 0: there is no held-out text */
     int32_t *eval_rows;   /* (n_eval): rows of each */
-    /* rank 0 only */
+    bool reads; /* rank 0, or every replica */
+    /* those who read */
     poe_tokenizer *tokenizer;
     bool trained; /* the tokenizer was trained from the data just now */
     poe_feed *train, *eval;
@@ -26,9 +27,10 @@ typedef struct poe_corpus {
     json_t *eval_start;
 } poe_corpus;
 
-/* Collective. Tokenizer: read from --tokenizer, or `stored` when that is not NULL (a resumed run's own), or trained
+/* Collective. `everywhere`: every rank reads the data, else rank 0 alone. Tokenizer: read from --tokenizer, or `stored` when that is not NULL (a resumed run's own), or trained
  * from --data. POE_BAD_INPUT on every rank, said once. */
-poe_status poe_corpus_open_tokenizer(poe_corpus *corpus, poe_comm *comm, const poe_options *options, const char *stored);
+poe_status poe_corpus_open_tokenizer(poe_corpus *corpus, poe_comm *comm, const poe_options *options, const char *stored,
+                                     bool everywhere);
 
 /* Collective, after the vocabulary is known. Opens the training data unless `evaluation_only`, and what is evaluated. */
 poe_status poe_corpus_open_feeds(poe_corpus *corpus, poe_comm *comm, const poe_options *options, bool evaluation_only);

@@ -85,7 +85,7 @@ static void count_targets(poe_evaluation *e, const int32_t *targets, const int32
 /* Scores the micro-batch that was forwarded last, by chunks. `chunk` numbers them over the whole evaluation. */
 static poe_status score_batch(poe_evaluator *ev, const poe_batch *batch, int *chunk, poe_evaluation *e)
 {
-    int k = ev->streams->stage;
+    int k = ev->streams->stage - ev->first_head;
     size_t v = (size_t)ev->corpus->vocab_size, total = batch->rows * batch->t;
     for (size_t first = 0; first < total; first += ev->chunk, (*chunk)++) {
         size_t n = total - first < ev->chunk ? total - first : ev->chunk;
@@ -103,7 +103,6 @@ static poe_status score_batch(poe_evaluator *ev, const poe_batch *batch, int *ch
         poe_aggregate_finish(ev->aggregate, ev->lp, sums, k + 1, n, v);
         score_rows(&e->prefix[k], ev->lp, targets, ev->corpus->token_bytes, n, v);
     }
-    count_targets(e, batch->targets, ev->corpus->token_bytes, total);
     return POE_OK;
 }
 
@@ -112,46 +111,80 @@ static poe_status next_batch(poe_evaluator *ev, poe_batch *batch)
     if (ev->streams->source >= 0)
         return poe_streams_receive_batch(ev->streams, batch);
     size_t rows;
-    batch->idx = ev->streams->own_tokens;
-    batch->targets = batch->idx + ev->streams->rows * ev->streams->t;
-    batch->h = NULL;
+    poe_streams_own_tokens(ev->streams, 0, batch);
     return poe_feed_next(ev->corpus->eval, batch->idx, batch->targets, &rows);
+}
+
+/* True when another replica scores it. */
+static bool passes_over(const poe_evaluator *ev, const poe_batch *batch)
+{
+    return ev->replicated && batch->micro % poe_comm_size(ev->comm) != poe_comm_rank(ev->comm);
 }
 
 static poe_status evaluate_batch(poe_evaluator *ev, poe_batch *batch, int *chunk, poe_evaluation *e)
 {
-    float *h_out;
+    poe_crossing out;
     poe_status status = next_batch(ev, batch);
-    if (status == POE_OK)
-        status = poe_streams_output(ev->streams, batch, &h_out);
+    if (status != POE_OK || passes_over(ev, batch))
+        return status;
+    status = poe_streams_output(ev->streams, batch, &out);
     if (status != POE_OK)
         return status;
-    poe_stage_forward(ev->stage, 0, batch->rows, batch->t, batch->idx, batch->h ? &(poe_crossing){.h = batch->h} : NULL,
-                      h_out ? &(poe_crossing){.h = h_out} : NULL);
+    poe_stage_forward(ev->stage, 0, batch->rows, batch->t, batch->idx, poe_crossing_or_null(&batch->in),
+                      poe_crossing_or_null(&out));
     status = poe_streams_send_batch(ev->streams, batch);
-    if (status == POE_OK)
+    if (status == POE_OK && ev->streams->stage >= ev->first_head)
         status = score_batch(ev, batch, chunk, e);
+    count_targets(e, batch->targets, ev->corpus->token_bytes, batch->rows * batch->t);
     poe_streams_release_batch(ev->streams);
     return status;
 }
 
-/* Every rank knows its own stage's scores; gathers them all. */
+/* What a rank knows: the scores of its own stage. */
+typedef struct own_scores {
+    poe_score stage, prefix;
+    int64_t targets, bytes;
+} own_scores;
+
+static void add_score(poe_score *sum, const poe_score *more)
+{
+    sum->nats += more->nats;
+    sum->right += more->right;
+}
+
+static void add_replicas(poe_evaluation *e, const own_scores *all, int n)
+{
+    e->stage[0] = e->prefix[0] = (poe_score){0};
+    e->targets = e->bytes = 0;
+    for (int r = 0; r < n; r++) {
+        add_score(&e->stage[0], &all[r].stage);
+        add_score(&e->prefix[0], &all[r].prefix);
+        e->targets += all[r].targets;
+        e->bytes += all[r].bytes;
+    }
+}
+
 static poe_status share_scores(poe_evaluator *ev, poe_evaluation *e)
 {
-    struct {
-        poe_score stage, prefix;
-    } mine = {e->stage[ev->streams->stage], e->prefix[ev->streams->stage]}, all[POE_MAX_STAGES];
+    own_scores mine = {.targets = e->targets, .bytes = e->bytes}, all[POE_MAX_STAGES];
+    int k = ev->streams->stage - ev->first_head;
+    if (k >= 0) {
+        mine.stage = e->stage[k];
+        mine.prefix = e->prefix[k];
+    }
     poe_status status = poe_comm_gather(ev->comm, &mine, all, sizeof(mine));
-    for (int k = 0; status == POE_OK && k < e->n_stages; k++) {
-        e->stage[k] = all[k].stage;
-        e->prefix[k] = all[k].prefix;
+    if (status == POE_OK && ev->replicated)
+        add_replicas(e, all, poe_comm_size(ev->comm));
+    for (k = 0; status == POE_OK && !ev->replicated && k < e->n_stages; k++) {
+        e->stage[k] = all[ev->first_head + k].stage;
+        e->prefix[k] = all[ev->first_head + k].prefix;
     }
     return status;
 }
 
 poe_status poe_evaluate(poe_evaluator *ev, int64_t step, poe_evaluation *e)
 {
-    *e = (poe_evaluation){.n_stages = poe_comm_size(ev->comm)};
+    *e = (poe_evaluation){.n_stages = ev->heads};
     poe_status status = POE_OK;
     if (ev->corpus->eval)
         status = poe_feed_seek(ev->corpus->eval, ev->corpus->eval_start);

@@ -24,7 +24,7 @@ typedef struct poe_score {
 } poe_score;
 
 typedef struct poe_evaluation {
-    int n_stages;
+    int n_stages; /* that predict */
     poe_score stage[POE_MAX_STAGES], prefix[POE_MAX_STAGES]; /* the last prefix is the full aggregate */
     int64_t targets, bytes; /* that count: targets whose token has bytes */
 } poe_evaluation;
@@ -35,8 +35,9 @@ typedef struct poe_evaluator {
     poe_stage *stage;
     poe_streams *streams;
     poe_corpus *corpus;
+    int first_head, heads; /* stages that predict: so many, from this one on */
+    bool replicated;       /* every rank has the whole model, and takes its part of the micro-batches */
     poe_aggregate aggregate;
-    size_t rows, t;  /* B, T */
     float *z, *lp;   /* (chunk rows, V) each */
     size_t chunk;    /* rows of a chunk */
 } poe_evaluator;

@@ -74,18 +74,17 @@ static poe_status forward_context(poe_evaluator *ev, const poe_sampling *samplin
     if (streams->source >= 0) {
         status = poe_streams_receive_batch(streams, batch);
     } else {
-        batch->idx = streams->own_tokens;
-        batch->targets = batch->idx + streams->rows * streams->t;
+        poe_streams_own_tokens(streams, 0, batch);
         memcpy(batch->idx, context, batch->t * sizeof(int32_t));
         memset(batch->targets, 0xff, batch->t * sizeof(int32_t));
     }
-    float *h_out;
+    poe_crossing out;
     if (status == POE_OK)
-        status = poe_streams_output(streams, batch, &h_out);
+        status = poe_streams_output(streams, batch, &out);
     if (status != POE_OK)
         return status;
-    poe_stage_forward(ev->stage, 0, batch->rows, batch->t, batch->idx, batch->h ? &(poe_crossing){.h = batch->h} : NULL,
-                      h_out ? &(poe_crossing){.h = h_out} : NULL);
+    poe_stage_forward(ev->stage, 0, batch->rows, batch->t, batch->idx, poe_crossing_or_null(&batch->in),
+                      poe_crossing_or_null(&out));
     status = poe_streams_send_batch(streams, batch);
     if (status == POE_OK)
         status = add_term(ev, sampling, batch);
@@ -93,10 +92,16 @@ static poe_status forward_context(poe_evaluator *ev, const poe_sampling *samplin
     return status;
 }
 
-/* Every rank learns the token that the last one draws. */
+/* Who has the aggregate: the last rank; of replicas the first one does it all. */
+static int drawing_rank(const poe_evaluator *ev)
+{
+    return ev->replicated ? 0 : poe_comm_size(ev->comm) - 1;
+}
+
+/* Every rank learns the token that one draws. */
 static poe_status draw(poe_evaluator *ev, const poe_sampling *sampling, poe_rng *rng, int32_t *token)
 {
-    int last = poe_comm_size(ev->comm) - 1;
+    int last = drawing_rank(ev);
     size_t v = (size_t)ev->corpus->vocab_size;
     if (poe_comm_rank(ev->comm) == last) {
         poe_aggregate_finish(ev->aggregate, ev->lp, ev->streams->aggregate, sampling->last - sampling->first + 1, 1, v);
@@ -127,7 +132,8 @@ poe_status poe_generate(poe_evaluator *ev, const poe_sampling *sampling, const i
         int32_t used = length < most ? length : most, token = -1;
         poe_batch batch = {.kind = POE_KIND_GENERATE, .step = i, .rows = 1, .t = (size_t)used};
         poe_comm_doing(ev->comm, "generation", i, 0);
-        status = forward_context(ev, sampling, &batch, context + length - used);
+        if (!ev->replicated || poe_comm_rank(ev->comm) == drawing_rank(ev))
+            status = forward_context(ev, sampling, &batch, context + length - used);
         if (status == POE_OK)
             status = draw(ev, sampling, &rng, &token);
         if (status != POE_OK || token == facts[1])

@@ -229,11 +229,17 @@ static poe_status write_model(const poe_model *model, poe_comm *comm, poe_stage 
     poe_status status = write_table(writer, poe_stage_shared_table(stage), poe_stage_shared_values(stage));
     if (status == POE_OK)
         status = write_table(writer, poe_stage_own_table(stage), poe_stage_own_values(stage));
-    for (int k = 1; status == POE_OK && k < poe_comm_size(comm); k++)
+    for (int k = 1; status == POE_OK && k < model->config.n_stages; k++)
         status = receive_stage(comm, model, k, run, writer);
     return status;
 }
 
+static int by_name(const void *a, const void *b)
+{
+    return strcmp(((const poe_safetensor *)a)->name, ((const poe_safetensor *)b)->name);
+}
+
+/* In the order of names, whatever the stages: the same model makes the same file. */
 static poe_status create_writer(const char *path, poe_dtype dtype, const poe_model *model, poe_safetensors_writer **writer)
 {
     tensor_list list = {0};
@@ -241,9 +247,17 @@ static poe_status create_writer(const char *path, poe_dtype dtype, const poe_mod
     for (size_t i = 0; i < list.count; i++)
         list.rows[i].dtype = dtype;
     if (status == POE_OK)
+        qsort(list.rows, list.count, sizeof(*list.rows), by_name);
+    if (status == POE_OK)
         status = poe_safetensors_writer_create(path, list.rows, list.count, writer);
     free(list.rows);
     return status;
+}
+
+/* Of replicas rank 0 has it all. */
+static bool has_own_stage(const poe_model *model, const poe_comm *comm)
+{
+    return poe_comm_rank(comm) < model->config.n_stages;
 }
 
 static poe_status send_stage(poe_comm *comm, poe_stage *stage, uint64_t run)
@@ -268,7 +282,7 @@ poe_status poe_export(const char *path, poe_dtype dtype, const poe_model *model,
     if (status != POE_OK)
         return status;
     if (!writes)
-        return send_stage(comm, stage, run);
+        return has_own_stage(model, comm) ? send_stage(comm, stage, run) : poe_comm_barrier(comm, "the export");
     status = write_model(model, comm, stage, run, writer);
     if (status != POE_OK) {
         poe_safetensors_writer_discard(writer);

@@ -53,7 +53,10 @@ poe_status poe_metrics_open(poe_metrics *metrics, const char *path, const char *
     free(text);
     if (status != POE_OK)
         return status;
-    *metrics = (poe_metrics){.file = fopen(path, "a"), .path = path};
+    status = poe_path(metrics->path, "%s", path);
+    if (status != POE_OK)
+        return status;
+    metrics->file = fopen(path, "a");
     if (!metrics->file) {
         poe_error("cannot write %s: %s", path, strerror(errno));
         return POE_FAILED;

@@ -7,11 +7,12 @@
 #include <stdint.h>
 #include <stdio.h>
 
+#include "src/files.h"
 #include "src/status.h"
 
 typedef struct poe_metrics {
     FILE *file;
-    const char *path;     /* borrowed */
+    char path[POE_PATH_MAX];
     const char *emulated; /* borrowed; what of the run is emulated: stands in every line; NULL: nothing */
 } poe_metrics;
 

@@ -49,7 +49,7 @@ static const char *mib(double bytes, char text[32])
     return text;
 }
 
-static void print_model(const poe_options *o, const poe_model *m)
+static void print_model(const poe_options *o, const poe_model *m, const poe_layout *l)
 {
     const poe_model_config *c = &m->config;
     printf("model     %d layers, %d channels, %d heads (%d key/value) of %zu, mlp %zu, window %s, %s\n", m->n_layers,
@@ -57,9 +57,9 @@ static void print_model(const poe_options *o, const poe_model *m)
            c->head == POE_HEAD_PER_STAGE ? "shared and per-stage heads" : "one shared head");
     printf("          vocabulary %d (padded to %zu), sequence %d, %.3f M parameters\n", c->vocab_size, m->vocab_padded,
            c->sequence_len, (double)poe_model_parameters(m) / 1e6);
-    printf("objective %s, alpha %g, %d stages, --sync %s, %d steps of %lld tokens (%d micro-batches of %d x %d)\n",
-           o->objective, c->alpha, c->n_stages, o->sync, o->num_iterations, (long long)o->total_batch_size,
-           poe_settings_micro_batches(o), o->device_batch_size, c->sequence_len);
+    printf("objective %s, alpha %g, %d stages, --schedule %s, --sync %s, %d steps of %lld tokens (%d micro-batches of "
+           "%d x %d)\n", o->objective, c->alpha, c->n_stages, poe_schedule_name(l->schedule), o->sync, o->num_iterations,
+           (long long)o->total_batch_size, l->micro_batches, o->device_batch_size, c->sequence_len);
 }
 
 static void print_stage(const poe_model *m, int k, const poe_run_memory *memory)
@@ -73,23 +73,32 @@ static void print_stage(const poe_model *m, int k, const poe_run_memory *memory)
            poe_recompute_name(memory->recompute));
 }
 
+static void print_shared(const poe_model *m, const poe_layout *l)
+{
+    static const char *const what[] = {[POE_OBJECTIVE_POE] = "embedding, head, smear: a replica on every rank, in its numbers",
+                                       [POE_OBJECTIVE_BP] = "nothing: each tensor is one rank's",
+                                       [POE_OBJECTIVE_HIERARCHICAL] = "head: a replica on every rank, in its numbers"};
+    printf("shared          %8.3f M    (%s)\n\n", (double)poe_model_stage_parameters(m, -1) / 1e6,
+           poe_layout_replicated(l) ? "nothing: every rank has all of it" : what[m->config.objective]);
+}
+
 /* `known`: the ranks' own figures; NULL: as these flags would have them, refused behind the table when too much. */
-static poe_status print_stages(const poe_options *o, const poe_model *m, int threads, const poe_run_memory *known)
+static poe_status print_stages(const poe_options *o, const poe_model *m, const poe_layout *l, int threads,
+                               const poe_run_memory *known)
 {
     poe_status refused = POE_OK;
     printf("\n stage  layers  parameters       weights  gradients  optimiser  activations  messages   scratch     total"
            "  recompute\n");
     for (int k = 0; k < m->config.n_stages; k++) {
         poe_run_memory memory;
-        poe_status status = known ? POE_OK : poe_run_size(o, m, k, threads, &memory);
+        poe_status status = known ? POE_OK : poe_run_size(o, m, l, k, threads, &memory);
         if (status != POE_OK)
             return status;
         print_stage(m, k, known ? &known[k] : &memory);
         if (!known && refused == POE_OK)
             refused = poe_run_check_memory(o, k, &memory);
     }
-    printf("shared          %8.3f M    (embedding, head, smear: a replica on every rank, in its numbers)\n\n",
-           (double)poe_model_stage_parameters(m, -1) / 1e6);
+    print_shared(m, l);
     return refused;
 }
 
@@ -125,13 +134,15 @@ static void print_network(const char *emulated)
 
 poe_status poe_report_start(const poe_options *o, const poe_model *m, int threads, const poe_run *r)
 {
+    poe_layout layout;
+    poe_layout_init(&layout, o, r ? r->size : poe_options_rank_count(o));
     printf("poe-pipe %s\n", POE_VERSION);
-    print_model(o, m);
+    print_model(o, m, &layout);
     if (r) {
         print_data(r);
-        printf("ranks     %d over %s, %d on this host, %d thread%s each, kernels %s, OpenBLAS %s\n", r->size,
+        printf("ranks     %d over %s, %d on this host, %d thread%s each, kernels %s\n", r->size,
                poe_comm_transport(r->comm), poe_comm_host_ranks(r->comm), threads, threads == 1 ? "" : "s",
-               poe_kernels_name(r->kernels), poe_blas_kernels());
+               r->arithmetic);
         if (poe_comm_emulated(r->comm))
             print_network(poe_comm_emulated(r->comm));
         if (strcmp(o->dtype, "bf16") == 0)
@@ -140,17 +151,17 @@ poe_status poe_report_start(const poe_options *o, const poe_model *m, int thread
             printf("emulated  compute: every stage sleeps %s; nothing is learnt, evaluated or saved\n", o->emulate_compute);
         printf("output    %s\n", r->out);
     }
-    poe_status status = print_stages(o, m, threads, r ? r->memory : NULL);
+    poe_status status = print_stages(o, m, &layout, threads, r ? r->memory : NULL);
     fflush(stdout);
     return status;
 }
 
-double poe_report_loss(const poe_model *m, const double *stage_losses)
+double poe_report_loss(const poe_run *r, const double *stage_losses)
 {
-    int n = m->config.n_stages;
+    int n = poe_run_heads(r);
     double sum = 0;
     for (int k = 0; k < n; k++)
-        sum += stage_losses[k] / pow(n, 1 - m->config.alpha);
+        sum += stage_losses[k] / pow(n, 1 - r->model.config.alpha);
     return sum;
 }
 
@@ -243,7 +254,7 @@ void poe_progress_step(poe_progress *p, int64_t step, double loss, const double 
     if (r->options->emulate_compute)
         used += snprintf(line + used, sizeof(line) - (size_t)used, "compute emulated");
     else
-        used += append_losses(line + used, sizeof(line) - (size_t)used, loss, stage_losses, r->size, lrm);
+        used += append_losses(line + used, sizeof(line) - (size_t)used, loss, stage_losses, poe_run_heads(r), lrm);
     snprintf(line + used, sizeof(line) - (size_t)used,
              " | dt: %.0fms | tok/sec: %.0f%s | epoch: %u | total time: %s | eta: %s", dt * 1e3,
              (double)r->options->total_batch_size / dt, poe_comm_emulated(r->comm) ? " (emulated network)" : "", epoch, total,
@@ -287,7 +298,10 @@ void poe_report_evaluation(const poe_options *o, const poe_evaluation *e, bool h
            "top-1", "perplexity");
     char name[32];
     for (int k = 0; k < e->n_stages; k++) {
-        snprintf(name, sizeof(name), "stage %d", k);
+        if (strcmp(o->objective, "bp") == 0)
+            snprintf(name, sizeof(name), "the whole model");
+        else
+            snprintf(name, sizeof(name), "stage %d", k);
         print_score(name, e, &e->stage[k], has_tokenizer);
     }
     for (int k = 1; k + 1 < e->n_stages; k++) {
@@ -311,6 +325,7 @@ typedef struct rank_facts {
     double fill;
     longest_wait wait;
     poe_comm_stats traffic;
+    double sent, dense;   /* bytes a step: sent, and if all of it travelled in fp32 */
     uint64_t arenas;      /* bytes */
     uint64_t peak;        /* bytes: resident, of the whole process */
 } rank_facts;
@@ -376,33 +391,40 @@ static double idle(const rank_facts *facts, double fill)
 static void print_traffic(const poe_run *r, const rank_facts *all)
 {
     bool processes = strcmp(poe_comm_transport(r->comm), "inproc") != 0;
-    printf(" rank     idle   fill      sent  overlapped     arenas       peak%s\n", processes ? "" : " (all)");
+    printf(" rank     idle   fill      sent     a step     (fp32)  overlapped     arenas       peak%s\n",
+           processes ? "" : " (all)");
     for (int k = 0; k < r->size; k++) {
         const poe_comm_stats *s = &all[k].traffic;
-        char sent[32], arenas[32], peak[32], overlap[32] = "-", fill[32];
+        char sent[32], step[32], dense[32], arenas[32], peak[32], overlap[32] = "-", fill[32];
         if (s->transfer > 0)
             snprintf(overlap, sizeof(overlap), "%.0f %%", share(s->transfer_busy, s->transfer));
         format_time(all[k].fill, fill);
-        printf("%5d %6.1f %% %6s %9s %11s  %9s  %9s\n", k, 100 * idle(&all[k], 0), fill, mib((double)s->bytes_sent, sent),
-               overlap, mib((double)all[k].arenas, arenas), mib((double)all[k].peak, peak));
+        printf("%5d %6.1f %% %6s %9s  %9s  %9s %11s  %9s  %9s\n", k, 100 * idle(&all[k], 0), fill,
+               mib((double)s->bytes_sent, sent), mib(all[k].sent, step), mib(all[k].dense, dense), overlap, mib((double)all[k].arenas, arenas), mib((double)all[k].peak, peak));
     }
     if (r->size > 1)
-        printf("(idle: neither forward, backward nor optimizer; fill: until the first forward; overlapped: share of the\n"
-               "time with a message under way in which the rank was computing)\n");
+        printf("(idle: neither forward, backward nor optimizer; fill: until the first forward; fp32: a step's bytes if all\n"
+               "of it travelled in fp32; overlapped: share of the time with a message under way in which the rank was\n"
+               "computing)\n");
 }
 
 /* The last line of the metrics. */
 static poe_status write_idle(poe_run *r, const rank_facts *all)
 {
     json_t *whole = json_array(), *fill = json_array(), *after = json_array(), *accounts = json_array();
+    json_t *sent = json_array(), *dense = json_array(), *memory = json_array();
     for (int k = 0; k < r->size; k++) {
         json_array_append_new(whole, json_real(idle(&all[k], 0)));
         json_array_append_new(fill, json_real(all[k].fill));
         json_array_append_new(after, json_real(idle(&all[k], all[k].fill)));
         json_array_append_new(accounts, poe_account_json(&all[k].times));
+        json_array_append_new(sent, json_real(all[k].sent));
+        json_array_append_new(dense, json_real(all[k].dense));
+        json_array_append_new(memory, json_pack("{s:I, s:I}", "arenas", (json_int_t)all[k].arenas, "peak",
+                                                (json_int_t)all[k].peak));
     }
-    json_t *object = json_pack("{s:o, s:o, s:o, s:o}", "idle", whole, "fill", fill, "idle_after_fill", after, "accounts",
-                               accounts);
+    json_t *object = json_pack("{s:o, s:o, s:o, s:o, s:o, s:o, s:o}", "idle", whole, "fill", fill, "idle_after_fill", after,
+                               "accounts", accounts, "step_bytes", sent, "step_bytes_fp32", dense, "memory", memory);
     if (r->options->emulate_compute)
         json_object_set_new(object, "emulated", json_string("compute"));
     return poe_metrics_write(&r->metrics, object);
@@ -417,6 +439,9 @@ poe_status poe_report_ranks(poe_run *r, const poe_training *t)
                        .arenas = poe_run_memory_total(&r->memory[r->rank]),
                        .peak = peak_memory()};
     rank_facts all[POE_MAX_STAGES];
+    double steps = (double)t->tokens / (double)r->options->total_batch_size;
+    mine.sent = steps > 0 ? (double)t->traffic.bytes_sent / steps : 0;
+    mine.dense = steps > 0 ? (double)(t->traffic.bytes_sent + t->saved) / steps : 0;
     poe_status status = poe_comm_gather(r->comm, &mine, all, sizeof(mine));
     if (status != POE_OK || !t->tokens)
         return status;
@@ -478,13 +503,15 @@ void poe_report_files(const poe_run *r, const poe_training *t, bool interrupted)
 {
     char ranks[32] = "", run[4 * POE_PATH_MAX], checkpoint[4 * POE_PATH_MAX], path[POE_PATH_MAX], command[4 * POE_PATH_MAX];
     const char *pipe = quoted(program(path), command);
-    if (strcmp(poe_comm_transport(r->comm), "inproc") != 0)
+    if (strcmp(poe_comm_transport(r->comm), "inproc") != 0 || poe_layout_replicated(&r->layout))
         snprintf(ranks, sizeof(ranks), " --ranks %d", r->size);
     const char *out = quoted(r->out, run), *newest = quoted(t->checkpoint, checkpoint);
     printf("\n");
     if (t->checkpoint[0])
         printf("checkpoint  %s (%.3f M parameters)\n", t->checkpoint, (double)poe_model_parameters(&r->model) / 1e6);
     printf("metrics     %s/metrics.jsonl\n", r->out);
+    if (r->options->trace)
+        printf("trace       %s (open it in https://ui.perfetto.dev)\n", r->options->trace);
     if (r->options->emulate_compute) {
         fflush(stdout);
         return;

@@ -17,8 +17,8 @@ bool poe_report_terminal(void);
 /* The start-up table, on one rank. `threads` and `ranks_on_host` as they will be; `run` NULL for --dry-run. */
 poe_status poe_report_start(const poe_options *options, const poe_model *model, int threads, const poe_run *run);
 
-/* The total loss: stage losses (K) with their weights 1 / K^(1 - alpha). */
-double poe_report_loss(const poe_model *model, const double *stage_losses);
+/* The total of the losses of the stages that have one: with their weights 1 / K^(1 - alpha), or under bp as it is. */
+double poe_report_loss(const poe_run *run, const double *stage_losses);
 
 /* Sets in `config` (poe_options_json()) what was resolved since, so that it repeats the run exactly. */
 void poe_report_complete_config(const poe_run *run, json_t *config);

@@ -87,23 +87,25 @@ static bool wants_bf16(const poe_options *o)
 static poe_status agree_on_kernels(poe_run *r)
 {
     poe_status status = poe_kernels_parse(r->options->kernels, &r->kernels);
-    if (status == POE_OK)
+    bool computes = !r->options->emulate_compute;
+    if (status == POE_OK && computes)
         status = poe_blas_check();
-    if (status == POE_OK && wants_bf16(r->options))
+    if (status == POE_OK && computes && wants_bf16(r->options))
         status = poe_bf16_check(r->kernels);
     status = poe_comm_agree(r->comm, status);
-    int32_t mine = (int32_t)r->kernels, all[POE_MAX_STAGES], least = mine;
+    char all[POE_MAX_STAGES][sizeof(r->arithmetic)];
+    snprintf(r->arithmetic, sizeof(r->arithmetic), "%s, products by %s (%s)", poe_kernels_name(r->kernels),
+             poe_blas_library(), poe_blas_kernels());
     if (status == POE_OK)
-        status = poe_comm_gather(r->comm, &mine, all, sizeof(mine));
+        status = poe_comm_gather(r->comm, r->arithmetic, all, sizeof(r->arithmetic));
     if (status != POE_OK)
         return status;
-    for (int k = 0; k < r->size; k++)
-        least = all[k] < least ? all[k] : least;
-    if (mine != least) {
-        poe_error("ranks chose different kernels: %s here, %s elsewhere; give all of them --kernels %s",
-                  poe_kernels_name(r->kernels), poe_kernels_name((poe_kernels)least), poe_kernels_name((poe_kernels)least));
-        status = POE_BAD_INPUT;
-    }
+    for (int k = 0; k < r->size && status == POE_OK; k++)
+        if (strcmp(all[k], r->arithmetic) != 0) {
+            poe_error("ranks chose different kernels: %s here, %s on rank %d; give all of them the same --kernels and "
+                      "the same build", r->arithmetic, all[k], k);
+            status = POE_BAD_INPUT;
+        }
     return poe_comm_agree(r->comm, status);
 }
 
@@ -152,21 +154,20 @@ static poe_status check_unused(const poe_run *r)
 }
 
 /* Before the training, not after it. In --out, which is checked when it is made, there is room. */
-static poe_status check_export(const poe_run *r)
+static poe_status check_file(const poe_run *r, const char *flag, const char *path)
 {
-    const char *path = r->options->export_path;
     size_t length = strlen(r->out);
     char folder[POE_PATH_MAX];
     struct stat found;
     if (!path || r->rank != 0 || (strncmp(path, r->out, length) == 0 && path[length] == '/'))
         return POE_OK;
     if (stat(path, &found) == 0 && S_ISDIR(found.st_mode)) {
-        poe_error("--export: %s is a directory; give the name of a file", path);
+        poe_error("%s: %s is a directory; give the name of a file", flag, path);
         return POE_BAD_INPUT;
     }
     const char *slash = strrchr(path, '/');
     poe_status status = poe_path(folder, "%.*s", slash ? (int)(slash - path) + 1 : 1, slash ? path : ".");
-    return status == POE_OK ? poe_check_writable(folder, "--export") : status;
+    return status == POE_OK ? poe_check_writable(folder, flag) : status;
 }
 
 /* Only looks: the folder is made once nothing else can be wrong. */
@@ -176,7 +177,9 @@ static poe_status find_out(poe_run *r)
     if (status == POE_OK)
         status = check_unused(r);
     if (status == POE_OK)
-        status = check_export(r);
+        status = check_file(r, "--export", r->options->export_path);
+    if (status == POE_OK)
+        status = check_file(r, "--trace", r->options->trace);
     return poe_comm_agree(r->comm, status);
 }
 
@@ -187,7 +190,7 @@ static poe_status find_checkpoint(poe_run *r)
     if (!what)
         return POE_OK;
     poe_status status =
-        poe_checkpoint_find(r->comm, what, o->out ? o->out : "runs", o->resume_older, r->rank, r->resumed, &r->facts);
+        poe_checkpoint_find(r->comm, what, o->out ? o->out : "runs", o->resume_older, r->index, r->resumed, &r->facts);
     if (status != POE_OK)
         return status;
     r->first_step = json_integer_value(json_object_get(r->facts, "step"));
@@ -219,8 +222,27 @@ static poe_status open_tokenizer(poe_run *r)
         if (access(stored, R_OK) == 0)
             path = stored;
     }
-    poe_status status = poe_corpus_open_tokenizer(&r->corpus, r->comm, r->options, path);
+    poe_status status =
+        poe_corpus_open_tokenizer(&r->corpus, r->comm, r->options, path, poe_layout_replicated(&r->layout));
     return status == POE_OK ? poe_comm_agree(r->comm, check_tokenizer(r)) : status;
+}
+
+/* Replicas read the data each for itself. */
+static poe_status compare_data(poe_run *r)
+{
+    uint64_t hash = r->corpus.train_hash;
+    poe_status status = poe_comm_broadcast(r->comm, 0, &hash, sizeof(hash));
+    if (status == POE_OK && hash != r->corpus.train_hash) {
+        poe_error("--data: this rank's %s is not what rank 0 has under that name", r->options->data.paths[0]);
+        status = POE_BAD_INPUT;
+    }
+    return poe_comm_agree(r->comm, status);
+}
+
+static poe_status open_feeds(poe_run *r)
+{
+    poe_status status = poe_corpus_open_feeds(&r->corpus, r->comm, r->options, r->purpose == POE_PURPOSE_EVALUATE);
+    return status == POE_OK && poe_layout_replicated(&r->layout) ? compare_data(r) : status;
 }
 
 static bool trains(const poe_run *r)
@@ -228,19 +250,29 @@ static bool trains(const poe_run *r)
     return r->purpose == POE_PURPOSE_TRAIN;
 }
 
-static poe_stage_settings stage_settings(const poe_options *o, int stage, bool training, poe_recompute recompute)
+static poe_stage_settings use_settings(const poe_options *o, int stage)
 {
-    return (poe_stage_settings){
-        .stage = stage, .rows = (size_t)o->device_batch_size, .slots = 1, .training = training, .recompute = recompute};
+    return (poe_stage_settings){.stage = stage, .rows = (size_t)o->device_batch_size, .slots = 1};
+}
+
+static poe_stage_settings train_settings(const poe_options *o, const poe_layout *layout, int stage,
+                                         poe_recompute recompute)
+{
+    return (poe_stage_settings){.stage = stage,
+                                .rows = (size_t)o->device_batch_size,
+                                .slots = poe_layout_slots(layout, stage),
+                                .training = true,
+                                .split = poe_schedule_splits(layout->schedule),
+                                .recompute = recompute};
 }
 
 /* Every rank's memory, before any of it is allocated. */
 static poe_status agree_on_memory(poe_run *r)
 {
     poe_run_memory mine;
-    poe_status status = poe_run_size(r->options, &r->model, r->rank, r->threads, &mine);
+    poe_status status = poe_run_size(r->options, &r->model, &r->layout, r->index, r->threads, &mine);
     if (status == POE_OK)
-        status = poe_run_check_memory(r->options, r->rank, &mine);
+        status = poe_run_check_memory(r->options, r->index, &mine);
     status = poe_comm_agree(r->comm, status);
     return status == POE_OK ? poe_comm_gather(r->comm, &mine, r->memory, sizeof(mine)) : status;
 }
@@ -250,14 +282,15 @@ static poe_status emulate_compute(poe_run *r)
     poe_emulation emulation;
     poe_status status = poe_emulation_parse(r->options->emulate_compute, r->options->stages.count, &emulation);
     if (status == POE_OK)
-        poe_compute_emulate(&r->compute, r->stage, &r->accounts, emulation.seconds[r->rank], r->options->seed, r->rank);
+        poe_compute_emulate(&r->compute, r->stage, &r->accounts, emulation.seconds[r->index], r->options->seed, r->rank);
     return status;
 }
 
 static poe_status create_stage(poe_run *r)
 {
     poe_stage_settings settings =
-        stage_settings(r->options, r->rank, trains(r), r->memory[r->rank].recompute);
+        trains(r) ? train_settings(r->options, &r->layout, r->index, r->memory[r->rank].recompute)
+                  : use_settings(r->options, r->index);
     poe_backend_limits limits;
     poe_stage_limits(&r->model, &settings, &limits);
     limits.bf16 = wants_bf16(r->options);
@@ -276,7 +309,7 @@ static poe_status open_model(poe_run *r)
     poe_status status = poe_settings_model(r->options, r->corpus.vocab_size, &r->model);
     poe_settings_optimizer(r->options, &r->optimizer);
     if (status == POE_OK && r->resumed[0])
-        status = poe_checkpoint_load_layers(r->resumed, r->facts, r->rank, &r->model);
+        status = poe_checkpoint_load_layers(r->resumed, r->facts, r->index, &r->model);
     r->threads = poe_run_threads(r->options, poe_comm_host_ranks(r->comm));
     status = poe_comm_agree(r->comm, status);
     if (status == POE_OK && trains(r))
@@ -305,7 +338,7 @@ static poe_status load_checkpoint(poe_run *r)
     poe_pending pending = {.total_steps = steps, .totals = totals};
     poe_status status = trains(r) ? restore_pending(r, &pending) : POE_OK;
     if (status == POE_OK)
-        status = poe_checkpoint_load(r->resumed, r->facts, r->stage, r->rank, trains(r) ? &pending : NULL);
+        status = poe_checkpoint_load(r->resumed, r->facts, r->stage, r->index, trains(r) ? &pending : NULL);
     if (status == POE_OK)
         poe_stage_parameters_changed(r->stage);
     return status;
@@ -318,7 +351,7 @@ static poe_status fill_parameters(poe_run *r)
         status = load_checkpoint(r);
     } else if (r->options->init_from) {
         status = poe_import(r->options->init_from, &r->model, r->stage);
-    } else {
+    } else if (!r->options->emulate_compute) {
         uint64_t seed = (uint64_t)r->options->seed;
         poe_model_initialise(&r->model, poe_stage_own_table(r->stage), seed, poe_stage_own_values(r->stage));
         poe_model_initialise(&r->model, poe_stage_shared_table(r->stage), seed, poe_stage_shared_values(r->stage));
@@ -334,7 +367,16 @@ static poe_shared_settings shared_settings(const poe_options *o, const int *rank
                                  .n_steps = o->num_iterations,
                                  .ranks = ranks,
                                  .n_ranks = n_ranks,
+                                 .wire = poe_wire_parse(o->wire_shared),
+                                 .sparse = !o->emulate_compute, /* its gradients are all zero, and a real run's are not */
                                  .run = id};
+}
+
+/* Under ps the gradient of lm_head is that of the own head too, which stands last and has none of its own. */
+static size_t gradient_floats(const poe_tensor_table *own)
+{
+    const poe_tensor *last = &own->rows[own->count - 1];
+    return strncmp(last->name, "lm_head_stages.", 15) == 0 ? last->offset : own->floats;
 }
 
 static size_t aggregate_floats(size_t chunk, size_t vocab_size)
@@ -342,20 +384,41 @@ static size_t aggregate_floats(size_t chunk, size_t vocab_size)
     return chunk * vocab_size;
 }
 
-static poe_status open_links(poe_run *r)
+static poe_status open_streams(poe_run *r, size_t floats)
+{
+    poe_streams_settings settings = {.edges = &r->edges,
+                                     .layout = &r->layout,
+                                     .stage = r->index,
+                                     .rows = (size_t)r->options->device_batch_size,
+                                     .training = trains(r),
+                                     .aggregate_floats = floats,
+                                     .reports = r->options->sync_delay + 4, /* as many steps as ranks may be apart */
+                                     .wire = poe_wire_parse(r->options->wire),
+                                     .run = r->id};
+    poe_edges_chain(&r->edges, r->n_stages);
+    return poe_streams_open(&r->streams, r->comm, &r->model, &settings);
+}
+
+/* The rule of the shared parameters, and the sum of replicas. */
+static poe_status open_sums(poe_run *r)
 {
     int ranks[POE_MAX_STAGES];
     for (int k = 0; k < r->size; k++)
         ranks[k] = k;
-    poe_edges_chain(&r->edges, r->size);
+    poe_shared_settings settings = shared_settings(r->options, ranks, r->size, r->id);
+    poe_status status =
+        poe_shared_open(&r->shared, r->comm, &r->compute, &r->model, &r->optimizer, &settings, r->first_step);
+    if (status == POE_OK && poe_layout_replicated(&r->layout))
+        status = poe_replicas_open(&r->replicas, r->comm, gradient_floats(poe_stage_own_table(r->stage)), r->id);
+    return status;
+}
+
+static poe_status open_links(poe_run *r)
+{
     size_t chunk = poe_evaluate_chunk_rows(r->stage), floats = aggregate_floats(chunk, (size_t)r->corpus.vocab_size);
-    int reports = r->options->sync_delay + 4; /* ranks may be that many steps apart, and never wait for a report */
-    poe_status status = poe_streams_open(&r->streams, r->comm, &r->edges, &r->model,
-                                         (size_t)r->options->device_batch_size, floats, reports, r->id);
-    if (status == POE_OK && trains(r)) {
-        poe_shared_settings settings = shared_settings(r->options, ranks, r->size, r->id);
-        status = poe_shared_open(&r->shared, r->comm, &r->compute, &r->model, &r->optimizer, &settings, r->first_step);
-    }
+    poe_status status = open_streams(r, floats);
+    if (status == POE_OK && trains(r))
+        status = open_sums(r);
     if (status == POE_OK && !(r->evaluation_memory = calloc(2 * floats, sizeof(float)))) {
         poe_error("out of memory for %zu log-probabilities", 2 * floats);
         status = POE_FAILED;
@@ -364,6 +427,9 @@ static poe_status open_links(poe_run *r)
                                    .stage = r->stage,
                                    .streams = &r->streams,
                                    .corpus = &r->corpus,
+                                   .first_head = poe_run_first_head(r),
+                                   .heads = poe_run_heads(r),
+                                   .replicated = poe_layout_replicated(&r->layout),
                                    .aggregate = poe_aggregate_parse(r->options->aggregate),
                                    .z = r->evaluation_memory,
                                    .lp = r->evaluation_memory ? r->evaluation_memory + floats : NULL,
@@ -374,6 +440,9 @@ static poe_status open_links(poe_run *r)
 poe_status poe_run_open(poe_run *r, poe_comm *comm, const poe_options *options, poe_purpose purpose)
 {
     *r = (poe_run){.options = options, .purpose = purpose, .comm = comm, .rank = poe_comm_rank(comm), .size = poe_comm_size(comm)};
+    poe_layout_init(&r->layout, options, r->size);
+    r->n_stages = poe_layout_stages(&r->layout);
+    r->index = poe_layout_stage(&r->layout, r->rank);
     poe_status status = agree_on_options(r);
     if (status == POE_OK)
         status = agree_on_kernels(r);
@@ -386,7 +455,7 @@ poe_status poe_run_open(poe_run *r, poe_comm *comm, const poe_options *options, 
     if (status == POE_OK)
         status = open_tokenizer(r);
     if (status == POE_OK && purpose != POE_PURPOSE_USE)
-        status = poe_corpus_open_feeds(&r->corpus, comm, options, purpose == POE_PURPOSE_EVALUATE);
+        status = open_feeds(r);
     if (status == POE_OK)
         status = open_model(r);
     if (status == POE_OK)
@@ -397,9 +466,11 @@ poe_status poe_run_open(poe_run *r, poe_comm *comm, const poe_options *options, 
 void poe_run_close(poe_run *r)
 {
     poe_metrics_close(&r->metrics);
+    poe_trace_destroy(r->trace);
     poe_checkpoint_store_close(r->store);
     if (r->shared.stage)
         poe_shared_close(&r->shared);
+    poe_replicas_close(&r->replicas);
     poe_streams_close(&r->streams);
     free(r->evaluation_memory);
     poe_stage_destroy(r->stage);
@@ -420,36 +491,72 @@ poe_status poe_run_do(poe_comm *comm, const poe_options *options, poe_purpose pu
 
 /* --- sizes ------------------------------------------------------------------------------------------------------------------ */
 
-static poe_status size_with(const poe_options *o, const poe_model *model, int stage, int threads,
-                            poe_recompute recompute, poe_run_memory *memory)
+static size_t message_bytes(const poe_options *o, const poe_model *model, const poe_layout *layout, int stage)
 {
-    poe_stage_settings settings = stage_settings(o, stage, true, recompute);
-    poe_stage_memory parts;
-    poe_status status = poe_stage_size(model, &settings, &parts);
-    if (status != POE_OK)
-        return status;
+    poe_edges edges;
+    poe_edges_chain(&edges, poe_layout_stages(layout));
+    poe_streams_settings settings = {.edges = &edges,
+                                     .layout = layout,
+                                     .stage = stage,
+                                     .rows = (size_t)o->device_batch_size,
+                                     .training = true,
+                                     .wire = poe_wire_parse(o->wire)};
+    return poe_streams_memory(model, &settings);
+}
+
+/* Bytes for shared gradients that wait their turn. */
+static poe_status pending_bytes(const poe_options *o, const poe_model *model, int n_ranks, uint64_t *bytes)
+{
+    poe_shared_settings settings = shared_settings(o, NULL, n_ranks, 0);
     poe_tensor_table table;
-    status = poe_model_tensors(model, -1, &table);
+    poe_status status = poe_model_tensors(model, -1, &table);
     if (status != POE_OK)
         return status;
-    poe_shared_settings shared = shared_settings(o, NULL, o->stages.count, 0);
+    *bytes = poe_shared_bytes(&settings, model, &table);
+    poe_tensor_table_free(&table);
+    return POE_OK;
+}
+
+static poe_status own_gradient_floats(const poe_model *model, int stage, size_t *floats)
+{
+    poe_tensor_table table;
+    poe_status status = poe_model_tensors(model, stage, &table);
+    if (status != POE_OK)
+        return status;
+    *floats = gradient_floats(&table);
+    poe_tensor_table_free(&table);
+    return POE_OK;
+}
+
+static poe_status size_with(const poe_options *o, const poe_model *model, const poe_layout *layout, int stage,
+                            int threads, poe_recompute recompute, poe_run_memory *memory)
+{
+    poe_stage_settings settings = train_settings(o, layout, stage, recompute);
+    poe_stage_memory parts;
+    size_t own_floats = 0;
+    uint64_t pending = 0;
+    poe_status status = poe_stage_size(model, &settings, &parts);
+    if (status == POE_OK)
+        status = pending_bytes(o, model, layout->n_ranks, &pending);
+    if (status == POE_OK)
+        status = own_gradient_floats(model, stage, &own_floats);
+    if (status != POE_OK)
+        return status;
     poe_backend_limits limits;
     poe_stage_limits(model, &settings, &limits);
     limits.bf16 = wants_bf16(o);
-    poe_edges edges;
-    poe_edges_chain(&edges, model->config.n_stages);
     *memory = (poe_run_memory){
         .parameters = parts.parameters,
         .gradients = parts.gradients,
         .optimizer = parts.optimizer,
         .activations = parts.activations,
-        .pending = poe_shared_bytes(&shared, table.floats),
-        .messages = poe_streams_memory(&edges, stage, (size_t)o->device_batch_size, (size_t)o->sequence_len,
-                                       (size_t)o->n_embd),
+        .pending = pending,
+        .messages = message_bytes(o, model, layout, stage),
         .scratch = poe_cpu_scratch_bytes(&limits, threads),
         .recompute = recompute,
     };
-    poe_tensor_table_free(&table);
+    if (poe_layout_replicated(layout))
+        memory->messages += poe_replicas_memory(layout->n_ranks, own_floats);
     return POE_OK;
 }
 
@@ -463,14 +570,16 @@ static bool fits(const poe_options *o, const poe_run_memory *memory)
     return !o->memory_limit || poe_run_memory_total(memory) <= (uint64_t)o->memory_limit;
 }
 
-poe_status poe_run_size(const poe_options *o, const poe_model *model, int stage, int threads, poe_run_memory *memory)
+poe_status poe_run_size(const poe_options *o, const poe_model *model, const poe_layout *layout, int stage, int threads,
+                        poe_run_memory *memory)
 {
     bool chosen = strcmp(o->recompute, "auto") != 0;
     for (poe_recompute recompute = 0; recompute < POE_RECOMPUTE_COUNT; recompute++) {
         if (chosen && strcmp(o->recompute, poe_recompute_name(recompute)) != 0)
             continue;
-        poe_status status = size_with(o, model, stage, threads, recompute, memory);
-        if (status != POE_OK || fits(o, memory))
+        poe_status status = size_with(o, model, layout, stage, threads, recompute, memory);
+        bool only = poe_schedule_splits(layout->schedule); /* nothing may be made again between the two halves */
+        if (status != POE_OK || only || fits(o, memory))
             return status;
     }
     return POE_OK;

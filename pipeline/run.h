@@ -14,9 +14,12 @@
 #include "pipeline/corpus.h"
 #include "pipeline/edges.h"
 #include "pipeline/evaluate.h"
+#include "pipeline/layout.h"
 #include "pipeline/metrics.h"
+#include "pipeline/replicas.h"
 #include "pipeline/shared.h"
 #include "pipeline/streams.h"
+#include "pipeline/trace.h"
 #include "src/options.h"
 #include "stages/cpu/cpu.h"
 #include "stages/stage.h"
@@ -38,7 +41,9 @@ typedef struct poe_run {
     const poe_options *options; /* borrowed */
     poe_purpose purpose;
     poe_comm *comm;             /* borrowed */
-    int rank, size;             /* = stage, K */
+    int rank, size;
+    poe_layout layout;
+    int n_stages, index;        /* stages at work, and which of them is this rank's */
     uint64_t id;                /* random, the same on every rank */
 
     char out[POE_PATH_MAX];       /* the run's folder */
@@ -49,6 +54,7 @@ typedef struct poe_run {
     uint64_t data_hash;           /* running hash of the tokens trained on */
 
     poe_kernels kernels;
+    char arithmetic[64];          /* what rounding depends on: "avx512, products by oneDNN (AVX-512)" */
     int threads;
     poe_run_memory memory[POE_MAX_STAGES]; /* of every rank of a training run */
     poe_corpus corpus;
@@ -57,10 +63,12 @@ typedef struct poe_run {
     poe_backend *backend;
     poe_stage *stage;
     poe_compute compute;          /* what training does with the stage */
+    poe_trace *trace;             /* of training, with --trace; else NULL */
     poe_accounts accounts;        /* of training: running between its first step and its end */
     poe_edges edges;
     poe_streams streams;
     poe_shared_rule shared;
+    poe_replicas replicas;        /* of a training run with --schedule ddp */
     poe_checkpoint_store *store;
     poe_evaluator evaluator;
     float *evaluation_memory;
@@ -79,9 +87,21 @@ static inline bool poe_run_is_last(const poe_run *run)
     return run->rank == run->size - 1;
 }
 
+/* The stages that predict, and so have losses and scores: all of them, or under bp the last one. */
+static inline int poe_run_first_head(const poe_run *run)
+{
+    return run->model.config.objective == POE_OBJECTIVE_BP ? run->n_stages - 1 : 0;
+}
+
+static inline int poe_run_heads(const poe_run *run)
+{
+    return run->n_stages - poe_run_first_head(run);
+}
+
 /* With --recompute, or else the first choice that fits --memory-limit (the last when none does). Computed without
  * allocating any of it. */
-poe_status poe_run_size(const poe_options *options, const poe_model *model, int stage, int threads, poe_run_memory *memory);
+poe_status poe_run_size(const poe_options *options, const poe_model *model, const poe_layout *layout, int stage,
+                        int threads, poe_run_memory *memory);
 uint64_t poe_run_memory_total(const poe_run_memory *memory);
 /* POE_BAD_INPUT when that is more than --memory-limit. */
 poe_status poe_run_check_memory(const poe_options *options, int stage, const poe_run_memory *memory);

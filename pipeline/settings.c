@@ -7,18 +7,11 @@
 
 _Static_assert((int)POE_OPTION_STAGES == (int)POE_MAX_STAGES, "options and model agree on the number of stages");
 
-static poe_status parse_objective(const char *text, poe_objective *objective)
+static poe_objective parse_objective(const char *text)
 {
-    if (strcmp(text, "poe") == 0) {
-        *objective = POE_OBJECTIVE_POE;
-    } else if (strcmp(text, "bp") == 0) {
-        *objective = POE_OBJECTIVE_BP;
-    } else {
-        poe_error("--objective %s needs links that carry gradients back, which this version does not have; "
-                  "allowed: poe, bp with a single stage", text);
-        return POE_BAD_INPUT;
-    }
-    return POE_OK;
+    return strcmp(text, "poe") == 0  ? POE_OBJECTIVE_POE
+           : strcmp(text, "bp") == 0 ? POE_OBJECTIVE_BP
+                                     : POE_OBJECTIVE_HIERARCHICAL;
 }
 
 poe_status poe_settings_model(const poe_options *o, int vocab_size, poe_model *model)
@@ -26,6 +19,7 @@ poe_status poe_settings_model(const poe_options *o, int vocab_size, poe_model *m
     poe_model_config c = {
         .n_stages = o->stages.count,
         .head = strcmp(o->head, "ps") == 0 ? POE_HEAD_PER_STAGE : POE_HEAD_SHARED,
+        .objective = parse_objective(o->objective),
         .alpha = o->alpha,
         .n_embd = o->n_embd,
         .n_head = o->n_head,
@@ -35,9 +29,6 @@ poe_status poe_settings_model(const poe_options *o, int vocab_size, poe_model *m
         .vocab_size = vocab_size,
         .norm_eps = o->norm_eps,
     };
-    poe_status status = parse_objective(o->objective, &c.objective);
-    if (status != POE_OK)
-        return status;
     c.backout = c.objective == POE_OBJECTIVE_BP && strcmp(o->backout, "off") != 0;
     memcpy(c.stage_layers, o->stages.layers, sizeof(int) * (size_t)o->stages.count);
     memcpy(c.window_pattern, o->window_pattern, sizeof(c.window_pattern));

@@ -1,11 +1,14 @@
 /* SPDX-License-Identifier: MIT */
 #include "pipeline/shared.h"
 
+#include <assert.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "pipeline/streams.h"
 #include "src/log.h"
+
+/* --- memory ----------------------------------------------------------------------------------------------------------------- */
 
 /* Vectors beside the stage's own gradients: a ring of D + 1 under stale:D, the held sum under every:N. */
 static int n_slots(int delay, int every)
@@ -13,50 +16,94 @@ static int n_slots(int delay, int every)
     return delay ? delay + 1 : every ? 1 : 0;
 }
 
-size_t poe_shared_bytes(const poe_shared_settings *settings, size_t floats)
+/* Under exact a total replaces the gradients, except where a stage's own head is still to be updated with them. */
+static size_t head_total_floats(const poe_shared_settings *settings, const poe_model *model, const poe_tensor_table *table)
 {
-    return (size_t)n_slots(settings->delay, settings->every) * poe_arena_round(floats * sizeof(float));
+    bool apart = model->config.head == POE_HEAD_PER_STAGE && settings->n_ranks > 1 && !settings->delay && !settings->every;
+    return apart ? poe_stage_shared_extent(table, POE_SHARED_HEAD).floats : 0;
 }
 
-static poe_status take_slots(poe_shared_rule *r, size_t bytes)
+size_t poe_shared_bytes(const poe_shared_settings *settings, const poe_model *model, const poe_tensor_table *table)
 {
+    size_t slots = (size_t)n_slots(settings->delay, settings->every);
+    return slots * poe_arena_round(table->floats * sizeof(float)) +
+           poe_arena_round(head_total_floats(settings, model, table) * sizeof(float));
+}
+
+static poe_status take_memory(poe_shared_rule *r, const poe_shared_settings *settings)
+{
+    const poe_tensor_table *table = poe_stage_shared_table(r->stage);
     int n = n_slots(r->delay, r->every);
+    size_t total = head_total_floats(settings, r->model, table);
     r->slots = calloc((size_t)n + 1, sizeof(*r->slots));
     if (!r->slots) {
         poe_error("out of memory for the shared gradients of %d steps", n);
         return POE_FAILED;
     }
-    poe_status status = poe_arena_create(&r->arena, "shared gradients under way", bytes);
+    poe_status status =
+        poe_arena_create(&r->arena, "shared gradients under way", poe_shared_bytes(settings, r->model, table));
     for (int i = 0; status == POE_OK && i < n; i++)
         r->slots[i] = poe_arena_take(&r->arena, r->floats * sizeof(float));
+    if (status == POE_OK && total)
+        r->head_total = poe_arena_take(&r->arena, total * sizeof(float));
     return status;
 }
+
+/* --- opening ---------------------------------------------------------------------------------------------------------------- */
+
+static poe_status open_part(poe_shared_rule *r, poe_comm *comm, const poe_shared_settings *settings, poe_shared_part p)
+{
+    static const poe_channel channels[] = {[POE_SHARED_HEAD] = POE_CHANNEL_SHARED_HEAD,
+                                           [POE_SHARED_WTE] = POE_CHANNEL_SHARED,
+                                           [POE_SHARED_SMEAR] = POE_CHANNEL_SHARED_SMEAR};
+    const poe_tensor_table *table = poe_stage_shared_table(r->stage);
+    poe_part_sum *part = &r->parts[p];
+    part->at = poe_stage_shared_extent(table, p);
+    if (!part->at.n_rows)
+        return POE_OK;
+    bool sparse = settings->sparse && p == POE_SHARED_WTE; /* a step reads some of its rows, and learns in those alone */
+    poe_reduce_settings reduce = {.name = poe_channel_name(channels[p]),
+                                  .ranks = settings->ranks,
+                                  .n_ranks = settings->n_ranks,
+                                  .channel = (int)channels[p],
+                                  .count = part->at.floats,
+                                  .width = sparse ? table->rows[part->at.first_row].cols : 0,
+                                  .wire = settings->wire,
+                                  .slots = r->delay + 1,
+                                  .run = settings->run};
+    return poe_reduce_open(comm, &reduce, &part->reduce);
+}
+
+static void restart(poe_shared_rule *r, int64_t due)
+{
+    r->due = r->counted = due;
+    for (poe_shared_part p = 0; p < POE_SHARED_PARTS; p++) {
+        r->parts[p].applied = due;
+        r->parts[p].left = r->parts[p].arrived = r->next;
+    }
+}
+
+static void on_head_gradient(void *rule);
 
 poe_status poe_shared_open(poe_shared_rule *r, poe_comm *comm, poe_compute *compute, const poe_model *model,
                            const poe_optimizer_config *optimizer, const poe_shared_settings *settings, int64_t first)
 {
-    *r = (poe_shared_rule){.delay = settings->delay,
-                           .every = settings->every,
+    size_t floats = poe_stage_shared_table(compute->stage)->floats;
+    *r = (poe_shared_rule){.delay = floats ? settings->delay : 0,
+                           .every = floats ? settings->every : 0,
                            .n_steps = settings->n_steps,
                            .stage = compute->stage,
                            .compute = compute,
                            .model = model,
                            .optimizer = optimizer,
-                           .floats = poe_stage_shared_table(compute->stage)->floats,
-                           .oldest = first,
+                           .floats = floats,
                            .next = first,
-                           .arrived = first};
-    poe_status status = take_slots(r, poe_shared_bytes(settings, r->floats));
-    if (status == POE_OK) {
-        poe_reduce_settings reduce = {.name = "shared gradients",
-                                      .ranks = settings->ranks,
-                                      .n_ranks = settings->n_ranks,
-                                      .channel = POE_CHANNEL_SHARED,
-                                      .count = r->floats,
-                                      .slots = settings->delay + 1,
-                                      .run = settings->run};
-        status = poe_reduce_open(comm, &reduce, &r->reduce);
-    }
+                           .departing = -1};
+    poe_status status = take_memory(r, settings);
+    for (poe_shared_part p = 0; status == POE_OK && p < POE_SHARED_PARTS; p++)
+        status = open_part(r, comm, settings, p);
+    restart(r, first);
+    poe_stage_on_head_gradient(r->stage, on_head_gradient, r);
     if (status != POE_OK)
         poe_shared_close(r);
     return status;
@@ -64,33 +111,77 @@ poe_status poe_shared_open(poe_shared_rule *r, poe_comm *comm, poe_compute *comp
 
 void poe_shared_close(poe_shared_rule *r)
 {
-    poe_reduce_close(r->reduce);
+    poe_stage_on_head_gradient(r->stage, NULL, NULL);
+    for (poe_shared_part p = 0; p < POE_SHARED_PARTS; p++)
+        poe_reduce_close(r->parts[p].reduce);
     poe_arena_destroy(&r->arena);
     free(r->slots);
     *r = (poe_shared_rule){0};
 }
 
-static float *slot_of(const poe_shared_rule *r, int64_t step)
+/* --- sums --------------------------------------------------------------------------------------------------------------------- */
+
+static bool is_exact(const poe_shared_rule *r)
 {
-    return r->slots[step % n_slots(r->delay, r->every)];
+    return !r->delay && !r->every;
 }
 
-static void apply(poe_shared_rule *r, int64_t step, const float *sum)
+/* Whether the gradients of `step`, and under every:N those held before it, are summed after it. */
+static bool sums_after(const poe_shared_rule *r, int64_t step)
 {
-    poe_rates rates;
-    poe_rates_at(r->model, r->optimizer, (int)step, &rates);
-    r->compute->ops->update_shared(r->compute, &rates, sum);
+    return !r->every || (step + 1) % r->every == 0 || step + 1 == r->n_steps;
 }
 
-static poe_status wait_for(poe_shared_rule *r, int64_t step)
+static float *gradients_of(const poe_shared_rule *r, poe_shared_part p)
 {
-    if (step < r->arrived)
+    return poe_stage_shared_gradients(r->stage) + r->parts[p].at.offset;
+}
+
+/* Where the part's sum of `step` is made. */
+static float *sum_of(const poe_shared_rule *r, poe_shared_part p, int64_t step)
+{
+    if (!is_exact(r))
+        return r->slots[step % n_slots(r->delay, r->every)] + r->parts[p].at.offset;
+    return p == POE_SHARED_HEAD && r->head_total ? r->head_total : gradients_of(r, p);
+}
+
+/* The part's gradients of `step` are final: they leave for the sum, or are added to those that are held. Under exact from
+ * where they are; else from a vector of their own, and the next step may begin before their sum is there. */
+static poe_status leave(poe_shared_rule *r, poe_shared_part p, int64_t step)
+{
+    poe_part_sum *part = &r->parts[p];
+    const float *gradients = gradients_of(r, p);
+    float *sum = sum_of(r, p, step);
+    if (r->delay)
+        memcpy(sum, gradients, part->at.floats * sizeof(float));
+    for (size_t i = 0; r->every && i < part->at.floats; i++)
+        sum[i] += gradients[i];
+    part->left = step + 1;
+    return sums_after(r, step) ? poe_reduce_begin(part->reduce, step, is_exact(r) ? gradients : sum, sum) : POE_OK;
+}
+
+/* From within the last backward of a step. What is not finite stays: the run ends when all have been looked at. */
+static void on_head_gradient(void *rule)
+{
+    poe_shared_rule *r = rule;
+    int64_t step = r->departing;
+    r->departing = -1;
+    if (step >= 0 && r->compute->ops->shared_part_finite(r->compute, POE_SHARED_HEAD))
+        r->status = leave(r, POE_SHARED_HEAD, step);
+}
+
+static poe_status wait_for(poe_shared_rule *r, poe_shared_part p, int64_t step)
+{
+    poe_part_sum *part = &r->parts[p];
+    if (step < part->arrived)
         return POE_OK;
-    poe_status status = poe_reduce_end(r->reduce, step);
+    poe_status status = poe_reduce_end(part->reduce, step);
     if (status == POE_OK)
-        r->arrived = step + 1;
+        part->arrived = step + 1;
     return status;
 }
+
+/* --- updates ------------------------------------------------------------------------------------------------------------------ */
 
 static void update_own(poe_shared_rule *r, int64_t step)
 {
@@ -100,110 +191,143 @@ static void update_own(poe_shared_rule *r, int64_t step)
     r->compute->ops->clear_gradients(r->compute);
 }
 
-static poe_status apply_oldest(poe_shared_rule *r)
+/* All parts of a step are one update, whichever comes first. */
+static void count_update(poe_shared_rule *r, int64_t step)
 {
-    poe_status status = wait_for(r, r->oldest);
+    if (step < r->counted)
+        return;
+    ++*poe_stage_shared_updates(r->stage);
+    r->counted = step + 1;
+}
+
+static poe_status apply(poe_shared_rule *r, poe_shared_part p, int64_t step)
+{
+    size_t floats = r->parts[p].at.floats;
+    float *sum = sum_of(r, p, step);
+    poe_rates rates;
+    poe_status status = wait_for(r, p, step);
     if (status != POE_OK)
         return status;
-    apply(r, r->oldest, slot_of(r, r->oldest));
-    r->oldest++;
+    for (size_t i = 0; r->mean_of > 1 && i < floats; i++)
+        sum[i] /= (float)r->mean_of;
+    count_update(r, step);
+    poe_rates_at(r->model, r->optimizer, (int)step, &rates);
+    r->compute->ops->update_shared_part(r->compute, p, &rates, sum);
+    if (is_exact(r))
+        r->compute->ops->clear_shared_part(r->compute, p);
+    if (r->every)
+        memset(sum, 0, floats * sizeof(float));
     return POE_OK;
 }
 
-/* The gradients leave in a slot of their own, and the next step may begin before their sum is there. */
-static poe_status step_stale(poe_shared_rule *r, int64_t step)
+/* Of one part: what is due, which is at most one step's. */
+static poe_status catch_up(poe_shared_rule *r, poe_shared_part p)
 {
-    float *slot = slot_of(r, step);
-    memcpy(slot, poe_stage_shared_gradients(r->stage), r->floats * sizeof(float));
-    poe_status status = poe_reduce_begin(r->reduce, step, slot);
-    if (status != POE_OK)
-        return status;
-    update_own(r, step);
-    r->compute->ops->clear_shared_gradients(r->compute);
-    return step - r->oldest == r->delay ? apply_oldest(r) : POE_OK;
-}
-
-/* Sums `vector`, which covers `steps` steps, in place and applies its mean. */
-static poe_status sum_and_apply(poe_shared_rule *r, int64_t step, float *vector, int steps, bool update_meanwhile)
-{
-    poe_status status = poe_reduce_begin(r->reduce, step, vector);
-    if (status != POE_OK)
-        return status;
-    if (update_meanwhile)
-        update_own(r, step);
-    status = poe_reduce_end(r->reduce, step);
-    if (status != POE_OK)
-        return status;
-    for (size_t i = 0; steps > 1 && i < r->floats; i++)
-        vector[i] /= (float)steps;
-    apply(r, step, vector);
-    return POE_OK;
-}
-
-/* A per-stage head's own update reads the shared head's gradient, so it comes before the sum overwrites it; otherwise
- * it runs while the sum is under way. */
-static poe_status step_exact(poe_shared_rule *r, int64_t step)
-{
-    bool own_first = r->model->config.head == POE_HEAD_PER_STAGE;
-    if (own_first)
-        update_own(r, step);
-    poe_status status = sum_and_apply(r, step, poe_stage_shared_gradients(r->stage), 1, !own_first);
-    if (status == POE_OK)
-        r->compute->ops->clear_shared_gradients(r->compute);
-    return status;
-}
-
-static poe_status step_every(poe_shared_rule *r, int64_t step)
-{
-    const float *gradients = poe_stage_shared_gradients(r->stage);
-    float *held = r->slots[0];
-    for (size_t i = 0; i < r->floats; i++)
-        held[i] += gradients[i];
-    r->held_steps++;
-    update_own(r, step);
-    r->compute->ops->clear_shared_gradients(r->compute);
-    if ((step + 1) % r->every != 0 && step + 1 != r->n_steps)
+    poe_part_sum *part = &r->parts[p];
+    if (!part->at.n_rows || part->applied == r->due)
         return POE_OK;
-    poe_status status = sum_and_apply(r, step, held, r->held_steps, false);
-    memset(held, 0, r->floats * sizeof(float));
-    r->held_steps = 0;
+    part->applied = r->due;
+    return apply(r, p, r->due - 1);
+}
+
+poe_status poe_shared_before_forward(poe_shared_rule *r)
+{
+    poe_status status = catch_up(r, POE_SHARED_WTE);
+    return status == POE_OK ? catch_up(r, POE_SHARED_SMEAR) : status;
+}
+
+poe_status poe_shared_before_backward(poe_shared_rule *r, int64_t step, bool last)
+{
+    r->departing = last && r->parts[POE_SHARED_HEAD].at.n_rows ? step : -1;
+    return catch_up(r, POE_SHARED_HEAD);
+}
+
+poe_status poe_shared_settle(poe_shared_rule *r)
+{
+    poe_status status = POE_OK;
+    for (poe_shared_part p = 0; status == POE_OK && p < POE_SHARED_PARTS; p++)
+        status = catch_up(r, p);
     return status;
+}
+
+/* --- steps -------------------------------------------------------------------------------------------------------------------- */
+
+bool poe_shared_gradients_finite(const poe_shared_rule *r)
+{
+    bool finite = r->compute->ops->gradients_finite(r->compute);
+    for (poe_shared_part p = 0; finite && p < POE_SHARED_PARTS; p++)
+        if (r->parts[p].at.n_rows && r->parts[p].left <= r->next)
+            finite = r->compute->ops->shared_part_finite(r->compute, p);
+    return finite;
+}
+
+static poe_status leave_all(poe_shared_rule *r, int64_t step)
+{
+    poe_status status = r->status;
+    for (poe_shared_part p = 0; status == POE_OK && p < POE_SHARED_PARTS; p++)
+        if (r->parts[p].at.n_rows && r->parts[p].left <= step) {
+            assert(r->parts[p].applied == r->due);
+            status = leave(r, p, step);
+        }
+    return status;
+}
+
+/* The update that is due once the gradients of `step` are there: under stale:D that of D steps before. */
+static void make_due(poe_shared_rule *r, int64_t step)
+{
+    r->mean_of = r->every ? ++r->held_steps : 1;
+    if (!sums_after(r, step) || step - r->due < r->delay)
+        return;
+    r->due = r->delay ? r->due + 1 : step + 1;
+    r->held_steps = 0;
 }
 
 poe_status poe_shared_step(poe_shared_rule *r, int64_t step)
 {
+    poe_status status = leave_all(r, step);
+    if (status != POE_OK)
+        return status;
+    update_own(r, step);
+    for (poe_shared_part p = 0; !is_exact(r) && p < POE_SHARED_PARTS; p++)
+        if (r->parts[p].at.n_rows)
+            r->compute->ops->clear_shared_part(r->compute, p);
+    make_due(r, step);
     r->next = step + 1;
-    if (r->delay)
-        return step_stale(r, step);
-    return r->every ? step_every(r, step) : step_exact(r, step);
+    return POE_OK;
 }
 
 poe_status poe_shared_finish(poe_shared_rule *r)
 {
-    poe_status status = POE_OK;
-    while (status == POE_OK && r->delay && r->oldest < r->next)
-        status = apply_oldest(r);
+    poe_status status = poe_shared_settle(r);
+    while (status == POE_OK && r->delay && r->due < r->next) {
+        r->due++;
+        status = poe_shared_settle(r);
+    }
     return status;
 }
 
-/* Where the pending totals of steps oldest..next-1 and the held sum are. */
+/* --- checkpoints -------------------------------------------------------------------------------------------------------------- */
+
+/* Where the pending totals of steps due..next-1 and the held sum are. */
 static void describe(poe_shared_rule *r, poe_pending *pending)
 {
     pending->floats = r->floats;
     pending->held_steps = r->held_steps;
     pending->held = r->every ? r->slots[0] : NULL;
     pending->n_totals = 0;
-    for (int64_t step = r->oldest; r->delay && step < r->next; step++) {
+    for (int64_t step = r->due; r->delay && step < r->next; step++) {
         pending->total_steps[pending->n_totals] = step;
-        pending->totals[pending->n_totals++] = slot_of(r, step);
+        pending->totals[pending->n_totals++] = r->slots[step % n_slots(r->delay, r->every)];
     }
 }
 
 poe_status poe_shared_pending(poe_shared_rule *r, poe_pending *pending)
 {
-    poe_status status = POE_OK;
-    for (int64_t step = r->oldest; status == POE_OK && r->delay && step < r->next; step++)
-        status = wait_for(r, step);
+    poe_status status = poe_shared_settle(r);
+    for (int64_t step = r->due; status == POE_OK && r->delay && step < r->next; step++)
+        for (poe_shared_part p = 0; status == POE_OK && p < POE_SHARED_PARTS; p++)
+            if (r->parts[p].at.n_rows)
+                status = wait_for(r, p, step);
     if (status == POE_OK)
         describe(r, pending);
     return status;
@@ -211,7 +335,7 @@ poe_status poe_shared_pending(poe_shared_rule *r, poe_pending *pending)
 
 void poe_shared_restore(poe_shared_rule *r, int n_totals, int held_steps, poe_pending *pending)
 {
-    r->oldest = r->next - n_totals;
     r->held_steps = held_steps;
+    restart(r, r->next - n_totals);
     describe(r, pending);
 }

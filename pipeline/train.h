@@ -11,6 +11,7 @@ typedef struct poe_training {
     int64_t steps;      /* updates done in all */
     double seconds;     /* of this process's steps: the accounts' wall without checkpoints */
     poe_comm_stats traffic; /* in these steps: transfer, transfer_busy and bytes_sent alone */
+    uint64_t saved;         /* bytes that these would have sent more if all had travelled, in fp32 */
     int64_t tokens;     /* trained on in these */
     bool evaluated;
     poe_evaluation evaluation; /* at the end; the same on every rank */

@@ -67,19 +67,32 @@ poe_status poe_make_directories(const char *path)
     return status == POE_OK ? make_directory(part, path) : status;
 }
 
+/* A file that is gone when it is closed; -1 with errno. It has a name only where the file system cannot do without: a
+ * kill in between leaves that behind. */
+static int open_nameless(const char *folder)
+{
+    char name[POE_PATH_MAX];
+    int fd = open(folder, O_TMPFILE | O_WRONLY | O_CLOEXEC, 0600);
+    if (fd >= 0 || (errno != EOPNOTSUPP && errno != EISDIR))
+        return fd;
+    if (snprintf(name, sizeof(name), "%s/.poe-XXXXXX", folder) >= (int)sizeof(name)) {
+        errno = ENAMETOOLONG;
+        return -1;
+    }
+    fd = mkostemp(name, O_CLOEXEC);
+    if (fd >= 0)
+        unlink(name);
+    return fd;
+}
+
 poe_status poe_check_writable(const char *path, const char *what)
 {
-    char probe[POE_PATH_MAX];
-    poe_status status = poe_path(probe, "%s/.poe-XXXXXX", path);
-    if (status != POE_OK)
-        return status;
-    int fd = mkstemp(probe);
+    int fd = open_nameless(path);
     if (fd < 0) {
         poe_error("%s: cannot make files in %s: %s", what, path, strerror(errno));
         return POE_BAD_INPUT;
     }
     close(fd);
-    unlink(probe);
     return POE_OK;
 }
 

@@ -67,15 +67,16 @@ static poe_status set_defaults(poe_options *options)
 
 static poe_status find_command(const char *word, poe_command *command)
 {
-    static const char *const words[] = {"generate", "inspect", "export", "data"};
-    for (int i = 0; i < 4; i++) {
+    static const char *const words[] = {"generate", "inspect", "export", "data", "plan"};
+    const int n = sizeof(words) / sizeof(words[0]);
+    for (int i = 0; i < n; i++) {
         if (strcmp(word, words[i]) == 0) {
             *command = (poe_command)(POE_COMMAND_GENERATE + i);
             return POE_OK;
         }
     }
-    const char *near = poe_nearest_word(word, strlen(word), words, 4);
-    poe_error("found the argument \"%.60s\", allowed are flags or a command: generate, inspect, export or data%s%s%s",
+    const char *near = poe_nearest_word(word, strlen(word), words, n);
+    poe_error("found the argument \"%.60s\", allowed are flags or a command: generate, inspect, export, data or plan%s%s%s",
               word, near ? "; did you mean " : "", near ? near : "", near ? "?" : "");
     return POE_BAD_INPUT;
 }

@@ -36,7 +36,7 @@ typedef struct poe_options {
     char size[POE_OPTION_TEXT]; /* --size: preset's name, or "" */
     poe_stage_list stages;      /* default 16,6,5,5 */
     char head[POE_OPTION_TEXT]; /* sh | ps */
-    char objective[POE_OPTION_TEXT]; /* poe | bp (hierarchical: refused, with a sentence) */
+    char objective[POE_OPTION_TEXT]; /* poe | bp | hierarchical */
     double alpha;
     char backout[POE_OPTION_TEXT]; /* auto (on under bp) | on | off; JSON: also booleans */
     int n_embd, n_head, n_kv_head, mlp_dim, sequence_len, vocab_size; /* n_kv_head 0: n_head; mlp_dim 0: 4 C; vocab_size 0: the tokenizer's */
@@ -48,7 +48,10 @@ typedef struct poe_options {
     int64_t total_batch_size; /* tokens of a step */
     int num_iterations, warmup_steps;
     double warmdown_ratio, final_lr_frac, matrix_lr, embedding_lr, unembedding_lr, scalar_lr, weight_decay;
+    char schedule[POE_OPTION_TEXT]; /* auto | poe | gpipe | 1f1b | zb-h1 | zb-h2 | ddp */
     char sync[POE_OPTION_TEXT]; /* exact | stale | stale:D | every:N */
+    char wire[POE_OPTION_TEXT]; /* fp32 | bf16 | fp8 | int8: what crosses between stages */
+    char wire_shared[POE_OPTION_TEXT]; /* fp32 | bf16: the shared gradients */
     int sync_delay; /* D, derived; 0 for exact */
     int sync_every; /* N, derived; 0 when not every:N */
     int64_t seed;
@@ -69,6 +72,7 @@ typedef struct poe_options {
     /* ranks */
     int ranks;   /* --ranks: start mpiexec with so many; 0: do not */
     char transport[POE_OPTION_TEXT]; /* auto | inproc | mpi | fabric */
+    int link_window; /* messages of activations under way on a link, at least what the schedule needs; 0: that */
     char fabric_provider[POE_OPTION_TEXT];
     char interface[POE_OPTION_TEXT];  /* "": chosen */
     char port_range[POE_OPTION_TEXT]; /* "A-B", or "": any */
@@ -89,6 +93,7 @@ typedef struct poe_options {
     double temperature;
     int top_k;
     int stage, prefix; /* -1: not given; neither: the full aggregate */
+    bool json;         /* plan: for scripts */
     /* help and version are answered by whoever parses: */
     bool help, version;
     uint64_t given[2]; /* one bit per flag: poe_options_given() */
@@ -101,6 +106,7 @@ typedef enum poe_command {
     POE_COMMAND_INSPECT,  /* poe-pipe inspect PATH */
     POE_COMMAND_EXPORT,   /* poe-pipe export --checkpoint DIR --export FILE.safetensors [--export-dtype bf16] */
     POE_COMMAND_DATA,     /* poe-pipe data --data ... --out DIR [--tokenizer FILE | --vocab-size V] */
+    POE_COMMAND_PLAN,     /* poe-pipe plan [a run's flags] [--json] */
 } poe_command;
 
 /* Fills `options` from the command line (argv[0] is skipped; a subcommand's name too) and everything it refers to.
@@ -120,6 +126,11 @@ const char *poe_options_difference(const json_t *x, const json_t *y, char a[256]
 bool poe_options_resumable(const char *key);
 /* True when the flag or key (by flag name, "num-iterations") was given by the user, not by a default, preset or the resumed run. */
 bool poe_options_given(const poe_options *options, const char *flag);
+
+/* Ranks of a run in one process: one per stage, or under --schedule ddp as many as --ranks says. */
+int poe_options_rank_count(const poe_options *options);
+/* Whether `ranks` ranks can share out a step's micro-batches (--schedule ddp). POE_BAD_INPUT: said. */
+poe_status poe_options_check_ranks(const poe_options *options, int ranks);
 
 /* Help, grouped, for one command, on standard output. */
 void poe_options_help(poe_command command);

@@ -50,11 +50,6 @@ static poe_status check_batch(const poe_options *options)
 
 static poe_status check_model(const poe_options *options)
 {
-    if (strcmp(options->objective, "hierarchical") == 0) {
-        poe_error("--objective hierarchical needs links that carry gradients back, which this version does not have; "
-                  "allowed is poe, or bp with a single stage");
-        return POE_BAD_INPUT;
-    }
     if (options->window_pattern[strspn(options->window_pattern, "SL")]) {
         poe_error("--window-pattern: found \"%s\", allowed are the letters S and L", options->window_pattern);
         return POE_BAD_INPUT;
@@ -62,8 +57,80 @@ static poe_status check_model(const poe_options *options)
     return POE_OK;
 }
 
+static bool is_replicated(const poe_options *options)
+{
+    return strcmp(options->schedule, "ddp") == 0;
+}
+
+/* Which schedules an objective has: gradients flow back, or they do not. */
+static poe_status check_schedule(const poe_options *options)
+{
+    const char *schedule = options->schedule, *objective = options->objective;
+    bool local = strcmp(objective, "poe") == 0, streams = strcmp(schedule, "poe") == 0;
+    if (strcmp(schedule, "auto") == 0 || (local && streams))
+        return POE_OK;
+    if (local) {
+        poe_error("--schedule %s is for gradients that flow back between stages, and --objective poe has none; allowed is "
+                  "poe (or --objective bp, hierarchical)", schedule);
+        return POE_BAD_INPUT;
+    }
+    if (streams) {
+        poe_error("--schedule poe is for stages that learn from their own losses; --objective %s allows gpipe, 1f1b, zb-h1, "
+                  "zb-h2%s", objective, strcmp(objective, "bp") == 0 ? ", ddp" : "");
+        return POE_BAD_INPUT;
+    }
+    if (!is_replicated(options))
+        return POE_OK;
+    if (strcmp(objective, "bp") != 0) {
+        poe_error("--schedule ddp puts the whole model on every rank, and needs --objective bp; found %s", objective);
+        return POE_BAD_INPUT;
+    }
+    if (options->stages.count == 1)
+        return POE_OK;
+    poe_error("--schedule ddp puts the whole model on every rank: give --stages one number, all layers; found %d stages",
+              options->stages.count);
+    return POE_BAD_INPUT;
+}
+
+/* bp has one replica of every parameter, so there is no sum to be late. */
+static poe_status check_shared(const poe_options *options)
+{
+    bool exact = !options->sync_delay && !options->sync_every, whole = strcmp(options->wire_shared, "fp32") == 0;
+    if (strcmp(options->objective, "bp") != 0 || (exact && whole))
+        return POE_OK;
+    poe_error("--%s %s: --objective bp shares no parameters between stages; allowed is %s", exact ? "wire-shared" : "sync",
+              exact ? options->wire_shared : options->sync, exact ? "fp32" : "exact");
+    return POE_BAD_INPUT;
+}
+
+static poe_status check_wire(const poe_options *options)
+{
+    if (!is_replicated(options) || strcmp(options->wire, "fp32") == 0)
+        return POE_OK;
+    poe_error("--wire %s: under --schedule ddp nothing crosses between stages; allowed is fp32", options->wire);
+    return POE_BAD_INPUT;
+}
+
+int poe_options_rank_count(const poe_options *options)
+{
+    int replicas = options->ranks ? options->ranks : 1;
+    return is_replicated(options) ? replicas : options->stages.count;
+}
+
+poe_status poe_options_check_ranks(const poe_options *options, int ranks)
+{
+    int64_t micro = options->total_batch_size / ((int64_t)options->device_batch_size * options->sequence_len);
+    if (!is_replicated(options) || options->eval_only || micro % ranks == 0)
+        return POE_OK;
+    poe_error("--schedule ddp deals the %lld micro-batches of a step (--total-batch-size / (--device-batch-size * "
+              "--sequence-len)) to %d ranks, which must divide them", (long long)micro, ranks);
+    return POE_BAD_INPUT;
+}
+
 static poe_status check_ranks(const poe_options *options)
 {
+    if (is_replicated(options))
+        return options->ranks ? poe_options_check_ranks(options, options->ranks) : POE_OK;
     if (options->ranks <= 1 || options->ranks == options->stages.count)
         return POE_OK;
     poe_error("--ranks: found %d with %d stages in --stages, allowed is one rank per stage (%d), or 1 for all of them",
@@ -137,12 +204,42 @@ static poe_status check_train(poe_options *options)
     if (status == POE_OK)
         status = check_model(options);
     if (status == POE_OK)
+        status = check_schedule(options);
+    if (status == POE_OK)
+        status = check_shared(options);
+    if (status == POE_OK)
+        status = check_wire(options);
+    if (status == POE_OK)
         status = check_batch(options);
     if (status == POE_OK)
         status = check_ranks(options);
     if (status == POE_OK)
-        status = check_ports(options);
-    return status == POE_OK ? check_emulation(options) : status;
+        status = check_emulation(options);
+    return status == POE_OK ? check_ports(options) : status;
+}
+
+/* As a run would check them, but that --ranks may ask for other stages than --stages has. */
+static poe_status check_plan(poe_options *options)
+{
+    int layers = 0;
+    poe_status status = check_sync(options);
+    if (status == POE_OK)
+        status = check_model(options);
+    if (status == POE_OK)
+        status = check_schedule(options);
+    if (status == POE_OK)
+        status = check_shared(options);
+    if (status == POE_OK)
+        status = check_batch(options);
+    if (status != POE_OK || is_replicated(options))
+        return status == POE_OK && options->ranks ? poe_options_check_ranks(options, options->ranks) : status;
+    for (int k = 0; k < options->stages.count; k++)
+        layers += options->stages.layers[k];
+    if (options->ranks <= layers)
+        return POE_OK;
+    poe_error("--ranks: found %d with %d layers in --stages, allowed is at most one rank per layer (%d)", options->ranks,
+              layers, layers);
+    return POE_BAD_INPUT;
 }
 
 static const char *missing(const poe_options *options, poe_command command)
@@ -170,6 +267,8 @@ poe_status poe_options_check(poe_options *options, poe_command command)
 {
     if (command == POE_COMMAND_TRAIN)
         return check_train(options);
+    if (command == POE_COMMAND_PLAN)
+        return check_plan(options);
     const char *what = missing(options, command);
     if (!what)
         return POE_OK;

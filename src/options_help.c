@@ -13,6 +13,7 @@ static const char *const usages[] = {
                           "       poe-pipe inspect PATH                  what a checkpoint or a file of one holds\n"
                           "       poe-pipe export --checkpoint DIR --export FILE.safetensors\n"
                           "       poe-pipe data --data FILE --out DIR    tokenizer and token shards from text\n"
+                          "       poe-pipe plan [flags]                  what a run would be like: speed, waiting, memory\n"
                           "\n"
                           "Trains a GPT that is cut into stages. Every rank owns one stage and trains it from its own\n"
                           "loss; activations stream forward, gradients never come back.\n",
@@ -28,6 +29,12 @@ static const char *const usages[] = {
     [POE_COMMAND_DATA] = "Usage: poe-pipe data --data FILE --out DIR [flags]\n"
                          "\n"
                          "Trains or reads a tokenizer and writes OUT/tokenizer.json, OUT/train.bin and OUT/val.bin.\n",
+    [POE_COMMAND_PLAN] = "Usage: poe-pipe plan [flags]\n"
+                         "\n"
+                         "Predicts step time, waiting, memory and traffic of the run that has these flags, by its schedule's\n"
+                         "graph, from the speed of this machine's kernels or from given times (--emulate-compute); beside other\n"
+                         "stages, --sync stale:D and 1f1b. --ranks N asks for N even stages of the same layers. Flags that have\n"
+                         "no part in this are taken and left alone.\n",
 };
 
 static const char *const examples[] = {
@@ -47,6 +54,8 @@ static const char *const examples[] = {
     [POE_COMMAND_EXPORT] = "  poe-pipe export --checkpoint runs/a --export a.safetensors --export-dtype bf16\n",
     [POE_COMMAND_DATA] = "  poe-pipe data --data book.txt --out data/book --vocab-size 4096\n"
                          "  poe-pipe data --data a.jsonl --data b.jsonl --tokenizer tokenizer.json --out data/ab\n",
+    [POE_COMMAND_PLAN] = "  poe-pipe plan --stages 4,4,4,4 --net '*-*:rtt=80ms,bw=1Gbit'\n"
+                         "  poe-pipe plan --stages 2x96 --emulate-compute forward=20ms,backward=40ms --json\n",
 };
 
 /* Prints `text` from HELP_COLUMN on, broken between words. */

@@ -7,7 +7,8 @@
 #include <string.h>
 
 enum {
-    TRAIN = 1 << POE_COMMAND_TRAIN,
+    PLAN = 1 << POE_COMMAND_PLAN,
+    TRAIN = 1 << POE_COMMAND_TRAIN | PLAN, /* a run's flags, as they stand, are those of its plan */
     GENERATE = 1 << POE_COMMAND_GENERATE,
     INSPECT = 1 << POE_COMMAND_INSPECT,
     EXPORT = 1 << POE_COMMAND_EXPORT,
@@ -71,7 +72,7 @@ const poe_option poe_option_table[] = {
      "layers of every stage, LxN for N alike; one rank per stage"},
     WORD("head", head, "sh", "sh|ps", TRAIN, FIXED, "one head shared by all stages, or with one more per stage"),
     WORD("objective", objective, "poe", "poe|bp|hierarchical", TRAIN, FIXED,
-         "local losses, or backpropagation with one loss"),
+         "local losses, backpropagation with one loss, or a loss per stage whose gradient goes all the way back"),
     REAL("alpha", alpha, "0", 0, 1, TRAIN, FIXED, "the loss of each of K stages counts 1/K^(1-alpha)"),
     WORD("backout", backout, "auto", "auto|on|off", TRAIN, FIXED,
          "bp: subtract the middle layer before the head; auto: on under bp"),
@@ -101,8 +102,13 @@ const poe_option poe_option_table[] = {
     REAL("unembedding-lr", unembedding_lr, "0.008", 0, RATE_MAX, TRAIN, FIXED, "rate of the heads"),
     REAL("scalar-lr", scalar_lr, "0.5", 0, RATE_MAX, TRAIN, FIXED, "rate of the residual and x0 scalars"),
     REAL("weight-decay", weight_decay, "0.28", 0, RATE_MAX, TRAIN, FIXED, "decay of the block matrices"),
+    WORD("schedule", schedule, "auto", "auto|poe|gpipe|1f1b|zb-h1|zb-h2|ddp", TRAIN, CHANGEABLE,
+         "order of a step's passes; auto: poe for poe, else 1f1b; ddp: the whole model on every rank"),
     STRING("sync", "RULE", sync, "exact", TRAIN, FIXED,
            "shared parameters: exact, stale:D (applied D steps late) or every:N steps"),
+    WORD("wire", wire, "fp32", "fp32|bf16|fp8|int8", TRAIN, FIXED,
+         "what activations, and gradients that flow back, are rounded to on their way"),
+    WORD("wire-shared", wire_shared, "fp32", "fp32|bf16", TRAIN, FIXED, "likewise the shared gradients' sums"),
     INT64("seed", seed, "0", 0, EXACT_MAX, TRAIN | GENERATE, FIXED, "of the initial weights, or of the sampling"),
 #undef GROUP
 #define GROUP "Data and evaluation"
@@ -135,6 +141,8 @@ const poe_option poe_option_table[] = {
         "start so many by mpiexec; 0: one process, or as mpiexec did"),
     WORD("transport", transport, "auto", "auto|inproc|mpi|fabric", TRAIN, CHANGEABLE,
          "how ranks talk; auto: fabric under mpiexec"),
+    INT("link-window", link_window, "0", 0, 65536, TRAIN, CHANGEABLE,
+        "micro-batches under way between two ranks; 0: what schedule and --sync need"),
     STRING("fabric-provider", "NAME", fabric_provider, "tcp", TRAIN, CHANGEABLE,
            "fabric: libfabric's provider of the connections"),
     STRING("interface", "NAME", interface, NULL, TRAIN, LOCAL,
@@ -167,6 +175,7 @@ const poe_option poe_option_table[] = {
     INT("max-tokens", max_tokens, "200", 1, 1048576, GENERATE, CALL, "tokens to generate"),
     REAL("temperature", temperature, "0.8", 0, 100, GENERATE, CALL, "of the sampling; 0: the likeliest token"),
     INT("top-k", top_k, "50", 0, 65536, GENERATE, CALL, "sample among the K likeliest; 0: all"),
+    BOOL("json", json, PLAN, CALL, "print the plan as JSON"),
     INT("stage", stage, "-1", -1, POE_OPTION_STAGES - 1, GENERATE, CALL, "use one stage alone, from 0"),
     INT("prefix", prefix, "-1", -1, POE_OPTION_STAGES - 1, GENERATE, CALL, "use stages 0 to this one"),
 #undef GROUP
@@ -185,7 +194,7 @@ const char *poe_command_title(poe_command command)
     static const char *const titles[] = {
         [POE_COMMAND_TRAIN] = "poe-pipe",           [POE_COMMAND_GENERATE] = "poe-pipe generate",
         [POE_COMMAND_INSPECT] = "poe-pipe inspect", [POE_COMMAND_EXPORT] = "poe-pipe export",
-        [POE_COMMAND_DATA] = "poe-pipe data",
+        [POE_COMMAND_DATA] = "poe-pipe data",       [POE_COMMAND_PLAN] = "poe-pipe plan",
     };
     return titles[command];
 }

@@ -59,6 +59,7 @@ static poe_status read_lines(const char *path, json_t **lines)
     *lines = json_array();
     while (getline(&text, &room, file) >= 0) {
         json_t *line = json_loads(text, 0, NULL);
+        json_object_del(line, "accounts"); /* most of a line, and not drawn */
         if (line)
             json_array_append_new(*lines, line);
     }
@@ -242,6 +243,8 @@ static void put_stage_title(FILE *script, const series *data, int k)
     long long n = json_integer_value(layers);
     if (!is_named(k, data->n_stages))
         fputs(" notitle", script);
+    else if (data->layers && json_array_size(data->layers) > (size_t)data->n_stages)
+        fputs(" title 'the whole model'", script); /* one loss, at the end of all stages */
     else if (json_is_integer(layers))
         fprintf(script, " title 'stage %d (%lld layer%s)'", k, n, n == 1 ? "" : "s");
     else

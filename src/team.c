@@ -28,7 +28,7 @@ struct poe_team {
     bool open, quit;
 
     /* The run itself: written while no worker is active. */
-    poe_task task;
+    poe_team_task task;
     void *arg;
     size_t n_tasks;
     atomic_size_t next;
@@ -186,7 +186,7 @@ static void close_run(poe_team *team)
     pthread_mutex_unlock(&team->lock);
 }
 
-void poe_team_run(poe_team *team, size_t n_tasks, poe_task task, void *arg)
+void poe_team_run(poe_team *team, size_t n_tasks, poe_team_task task, void *arg)
 {
     if (team->size == 1 || n_tasks <= 1) {
         for (size_t i = 0; i < n_tasks; i++)

@@ -11,7 +11,7 @@
 typedef struct poe_team poe_team;
 
 /* `thread` is in 0..poe_team_size()-1: for scratch memory, never for choosing what to compute. */
-typedef void (*poe_task)(void *arg, size_t task, int thread);
+typedef void (*poe_team_task)(void *arg, size_t task, int thread);
 
 /* A team of `n_threads` >= 1, the caller of poe_team_run() being one of them. POE_FAILED: said. */
 poe_status poe_team_create(int n_threads, poe_team **team);
@@ -20,6 +20,6 @@ int poe_team_size(const poe_team *team);
 
 /* Runs task(arg, 0..n_tasks-1, thread) in any order and returns when all are done. Not reentrant: one caller at a
  * time, no task starts another run. Idle threads sleep. */
-void poe_team_run(poe_team *team, size_t n_tasks, poe_task task, void *arg);
+void poe_team_run(poe_team *team, size_t n_tasks, poe_team_task task, void *arg);
 
 #endif

@@ -41,12 +41,6 @@ static poe_status check_stages(const poe_model_config *config)
         poe_error("--stages adds up to %lld layers: at most %d are allowed", layers, POE_MAX_LAYERS);
         return POE_BAD_INPUT;
     }
-    if (config->objective == POE_OBJECTIVE_BP && config->n_stages > 1) {
-        poe_error("--objective bp with %d stages needs links that carry gradients back, which do not exist yet: "
-                  "give --stages one number",
-                  config->n_stages);
-        return POE_BAD_INPUT;
-    }
     return POE_OK;
 }
 
@@ -145,6 +139,30 @@ poe_status poe_model_init(poe_model *model, const poe_model_config *config)
     return status;
 }
 
+/* --- objectives -------------------------------------------------------------------------------------------------- */
+
+bool poe_model_has_head(const poe_model *model, int stage)
+{
+    return model->config.objective != POE_OBJECTIVE_BP || stage == model->config.n_stages - 1;
+}
+
+int poe_model_mid_layer(const poe_model *model)
+{
+    return model->config.objective == POE_OBJECTIVE_BP && model->config.backout ? model->n_layers / 2 : -1;
+}
+
+bool poe_model_crosses_x0(const poe_model *model, int boundary)
+{
+    (void)boundary;
+    return model->config.objective != POE_OBJECTIVE_POE;
+}
+
+bool poe_model_crosses_mid(const poe_model *model, int boundary)
+{
+    int mid = poe_model_mid_layer(model);
+    return mid >= 0 && mid < model->first_layer[boundary + 1];
+}
+
 /* --- tensor table ------------------------------------------------------------------------------------------------ */
 
 /* Runs over a stage's tensors twice: with rows NULL it counts, then it fills. */
@@ -197,28 +215,53 @@ static void put_layer(collector *c, const poe_model *model, int i)
     put(c, POE_GROUP_VALUE_EMBED, model->vocab_padded, kv, "value_embeds.%d.weight", i)->layer = i;
 }
 
+static void put_smear(collector *c)
+{
+    put(c, POE_GROUP_SMEAR, 1, SMEAR_CHANNELS, "smear_gate.weight");
+    put_vector(c, POE_GROUP_SMEAR, 1, "smear_lambda");
+}
+
+static void put_wte(collector *c, const poe_model *model)
+{
+    put(c, POE_GROUP_WTE, model->vocab_padded, (size_t)model->config.n_embd, "transformer.wte.weight");
+}
+
+static void put_head(collector *c, const poe_model *model)
+{
+    put(c, POE_GROUP_HEAD, model->vocab_padded, (size_t)model->config.n_embd, "lm_head.weight");
+}
+
 static void put_own(collector *c, const poe_model *model, int stage)
 {
     int first = model->first_layer[stage], end = model->first_layer[stage + 1];
+    bool bp = model->config.objective == POE_OBJECTIVE_BP, is_last = stage == model->config.n_stages - 1;
+    if (stage == 0 && model->config.objective != POE_OBJECTIVE_POE) {
+        put_wte(c, model);
+        put_smear(c);
+    }
     for (int i = first; i < end; i++)
         put_layer(c, model, i);
     put_vector(c, POE_GROUP_RESID, (size_t)(end - first), "resid_lambdas")->first = (size_t)first;
     put_vector(c, POE_GROUP_X0, (size_t)(end - first), "x0_lambdas")->first = (size_t)first;
-    if (stage == model->config.n_stages - 1)
-        put_vector(c, POE_GROUP_SMEAR, 1, "backout_lambda")->trained =
-            model->config.objective == POE_OBJECTIVE_BP && model->config.backout;
+    if (is_last && bp)
+        put_head(c, model);
+    if (is_last)
+        put_vector(c, POE_GROUP_SMEAR, 1, "backout_lambda")->trained = poe_model_mid_layer(model) >= 0;
     /* Last, so that the gradients, which have no room for it (stage.h), can end before it. */
-    if (model->config.head == POE_HEAD_PER_STAGE)
-        put(c, POE_GROUP_HEAD, model->vocab_padded, (size_t)model->config.n_embd, "lm_head_stages.%d.weight", stage);
+    if (model->config.head == POE_HEAD_PER_STAGE && poe_model_has_head(model, stage))
+        put(c, POE_GROUP_HEAD, model->vocab_padded, (size_t)model->config.n_embd, "lm_head_stages.%d.weight",
+            bp ? 0 : stage);
 }
 
 static void put_shared(collector *c, const poe_model *model)
 {
-    size_t channels = (size_t)model->config.n_embd;
-    put(c, POE_GROUP_WTE, model->vocab_padded, channels, "transformer.wte.weight");
-    put(c, POE_GROUP_HEAD, model->vocab_padded, channels, "lm_head.weight");
-    put(c, POE_GROUP_SMEAR, 1, SMEAR_CHANNELS, "smear_gate.weight");
-    put_vector(c, POE_GROUP_SMEAR, 1, "smear_lambda");
+    bool poe = model->config.objective == POE_OBJECTIVE_POE;
+    if (poe)
+        put_wte(c, model);
+    if (model->config.objective != POE_OBJECTIVE_BP)
+        put_head(c, model);
+    if (poe)
+        put_smear(c);
 }
 
 static collector collect(const poe_model *model, int stage, poe_tensor *rows)
@@ -234,7 +277,7 @@ static collector collect(const poe_model *model, int stage, poe_tensor *rows)
 poe_status poe_model_tensors(const poe_model *model, int stage, poe_tensor_table *table)
 {
     size_t count = collect(model, stage, NULL).count;
-    poe_tensor *rows = calloc(count, sizeof(*rows));
+    poe_tensor *rows = calloc(count ? count : 1, sizeof(*rows));
     if (!rows) {
         poe_error("out of memory for a table of %zu tensors", count);
         return POE_FAILED;

@@ -14,7 +14,9 @@
 enum { POE_MAX_STAGES = 128, POE_MAX_LAYERS = 1024, POE_NAME_MAX = 64, POE_PATTERN_MAX = 64 };
 
 typedef enum poe_head { POE_HEAD_SHARED, POE_HEAD_PER_STAGE } poe_head; /* "sh", "ps" */
-typedef enum poe_objective { POE_OBJECTIVE_POE, POE_OBJECTIVE_BP } poe_objective;
+/* poe: each stage learns from its own loss alone. bp: one loss, at the end. hierarchical: a loss per stage, whose
+ * gradients go back through all stages before it. */
+typedef enum poe_objective { POE_OBJECTIVE_POE, POE_OBJECTIVE_BP, POE_OBJECTIVE_HIERARCHICAL } poe_objective;
 
 typedef struct poe_model_config {
     int n_stages;
@@ -53,6 +55,14 @@ typedef struct poe_model {
 /* Checks `config` and derives the rest. POE_BAD_INPUT: said, naming the flag, what was found, what is allowed. */
 poe_status poe_model_init(poe_model *model, const poe_model_config *config);
 
+/* Whether stage `stage` predicts: it has a head, logits and a loss. Under bp the last one alone. */
+bool poe_model_has_head(const poe_model *model, int stage);
+/* The layer whose output backout subtracts from the last one's, L/2; -1: none. */
+int poe_model_mid_layer(const poe_model *model);
+/* What crosses boundary k, between stages k and k+1, beside h (stage.h: poe_crossing), and in gradients back again. */
+bool poe_model_crosses_x0(const poe_model *model, int boundary);
+bool poe_model_crosses_mid(const poe_model *model, int boundary);
+
 /* How a tensor is trained (spec 3) and where its learning rate comes from. */
 typedef enum poe_group {
     POE_GROUP_MATRIX, /* Muon; all others AdamW */
@@ -84,8 +94,10 @@ typedef struct poe_tensor_table {
 } poe_tensor_table;
 
 /* The tensors that stage `stage` alone owns (its layers', its slices of the lambdas, its own head under ps; on the
- * last stage backout_lambda), or with stage -1 the shared ones, of which every stage has a replica: wte, lm_head,
- * smear_gate, smear_lambda. The caller frees with poe_tensor_table_free(). POE_FAILED: out of memory. */
+ * last stage backout_lambda), or with stage -1 the shared ones, of which every stage has a replica: under poe wte,
+ * lm_head, smear_gate, smear_lambda; under hierarchical lm_head, and the rest is stage 0's own; under bp none, and
+ * lm_head is the last stage's own, with the one lm_head_stages.0 under ps. A table may be empty. The caller frees with
+ * poe_tensor_table_free(). POE_FAILED: out of memory. */
 poe_status poe_model_tensors(const poe_model *model, int stage, poe_tensor_table *table);
 void poe_tensor_table_free(poe_tensor_table *table);
 /* NULL when there is no such name. */

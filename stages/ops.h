@@ -108,7 +108,7 @@ struct poe_ops {
      * (x1 cos + x2 sin, x2 cos - x1 sin); cos, sin (T, hs/2). Row r has position r % t. */
     void (*rotary_forward)(poe_backend *be, float *y, float *rinv, const float *x, const float *cos, const float *sin,
                            size_t b, size_t t, size_t heads, size_t hs, float eps);
-    /* dx (written; may be dy) from dy and the saved y. */
+    /* dx (written; may be dy, or y) from dy and the saved y. */
     void (*rotary_backward)(poe_backend *be, float *dx, const float *dy, const float *y, const float *rinv,
                             const float *cos, const float *sin, size_t b, size_t t, size_t heads, size_t hs);
     /* y (b,t,n_head*hs) = softmax(q k^T / sqrt(hs)) v, causal, windowed; query head h reads key head

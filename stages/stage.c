@@ -63,21 +63,22 @@ static layer_tensors locate_layer(const poe_stage *stage, float *base, int i)
     return tensors;
 }
 
-static shared_tensors locate_shared(const poe_tensor_table *table, float *base)
+/* In whichever of the two tables. */
+static float *locate_either(const poe_stage *stage, float *own, float *shared, const char *name)
 {
-    return (shared_tensors){
-        .wte = locate(table, base, "transformer.wte.weight"),
-        .head = locate(table, base, "lm_head.weight"),
-        .smear_gate = locate(table, base, "smear_gate.weight"),
-        .smear_lambda = locate(table, base, "smear_lambda"),
-    };
+    float *found = locate(&stage->own.table, own, "%s", name);
+    return found ? found : locate(&stage->shared.table, shared, "%s", name);
 }
 
-/* The own head has no gradient of its own: it is the stage's part of lm_head's. It stands last in the table. */
-static size_t gradient_floats(const poe_tensor_table *table)
+static model_tensors locate_model(const poe_stage *stage, float *own, float *shared)
 {
-    const poe_tensor *last = &table->rows[table->count - 1];
-    return last->group == POE_GROUP_HEAD ? last->offset : table->floats;
+    return (model_tensors){
+        .wte = locate_either(stage, own, shared, "transformer.wte.weight"),
+        .head = locate_either(stage, own, shared, "lm_head.weight"),
+        .smear_gate = locate_either(stage, own, shared, "smear_gate.weight"),
+        .smear_lambda = locate_either(stage, own, shared, "smear_lambda"),
+        .backout = locate_either(stage, own, shared, "backout_lambda"),
+    };
 }
 
 static void lay_out_state(poe_stage *stage, tensor_set *set, bool shared)
@@ -99,10 +100,10 @@ static void lay_out_tensors(poe_stage *stage)
     stage_region *parameters = &stage->regions[PARAMETERS], *gradients = &stage->regions[GRADIENTS];
     stage->own.values = take(parameters, stage->own.table.floats);
     stage->shared.values = take(parameters, stage->shared.table.floats);
-    if (stage->model->config.head == POE_HEAD_PER_STAGE)
+    if (stage->own_head_row >= 0)
         stage->head_sum = take(parameters, stage->model->vocab_padded * (size_t)stage->model->config.n_embd);
     if (stage->settings.training) {
-        stage->own.gradients = take(gradients, gradient_floats(&stage->own.table));
+        stage->own.gradients = take(gradients, own_gradient_floats(stage));
         stage->shared.gradients = take(gradients, stage->shared.table.floats);
         lay_out_state(stage, &stage->own, false);
         lay_out_state(stage, &stage->shared, true);
@@ -116,11 +117,10 @@ static void locate_tensors(poe_stage *stage)
         stage->layers[i].w = locate_layer(stage, stage->own.values, i);
         stage->layers[i].g = locate_layer(stage, stage->own.gradients, i);
     }
-    stage->w = locate_shared(&stage->shared.table, stage->shared.values);
-    stage->g = locate_shared(&stage->shared.table, stage->shared.gradients);
-    stage->own_head = locate(own, stage->own.values, "lm_head_stages.%d.weight", stage->settings.stage);
-    stage->backout = locate(own, stage->own.values, "backout_lambda");
-    stage->d_backout = locate(own, stage->own.gradients, "backout_lambda");
+    stage->w = locate_model(stage, stage->own.values, stage->shared.values);
+    stage->g = locate_model(stage, stage->own.gradients, stage->shared.gradients);
+    if (stage->own_head_row >= 0)
+        stage->own_head = stage->own.values + own->rows[stage->own_head_row].offset;
 }
 
 /* --- activations ------------------------------------------------------------------------------------------------- */
@@ -155,26 +155,67 @@ static layer_kept take_block(poe_stage *stage, size_t n)
     return kept;
 }
 
-static void lay_out_layers(poe_stage *stage, size_t n)
+static layer_kept take_kept(poe_stage *stage, const stage_slot *slot, int i, size_t n)
 {
+    layer_kept kept = keeps_blocks(stage) ? take_block(stage, n) : stage->block;
+    /* Without training the output of `mid` alone is read after the next layer's forward: the others share one. */
+    int first_other = stage->mid == 0;
+    bool own_x = stage->settings.training || i == first_other || i == stage->mid;
+    kept.x =
+        own_x ? take(&stage->regions[ACTIVATIONS], n * (size_t)stage->model->config.n_embd) : slot->kept[first_other].x;
+    kept.u_attn = take_norm(stage, n);
+    return kept;
+}
+
+/* Nobody reads a layer's output any more when the gradient that has come to it is owed, nor q, k, v when theirs are. */
+static layer_owed take_owed(poe_stage *stage, const layer_kept *kept, size_t n)
+{
+    stage_region *region = &stage->regions[ACTIVATIONS];
+    layer_owed owed = {.mlp = kept->x, .q = kept->q, .k = kept->k, .v = kept->v};
+    owed.f = take(region, n * stage->model->mlp_dim);
+    owed.attn = take(region, n * (size_t)stage->model->config.n_embd);
+    return owed;
+}
+
+static layer_owed owed_at_once(const poe_stage *stage)
+{
+    return (layer_owed){
+        .mlp = stage->dx, .f = stage->wide, .attn = stage->dx, .q = stage->dq, .k = stage->dk, .v = stage->dv};
+}
+
+static void lay_out_slot(poe_stage *stage, stage_slot *slot, size_t n)
+{
+    stage_region *region = &stage->regions[ACTIVATIONS];
+    size_t c = (size_t)stage->model->config.n_embd;
+    if (stage->has_wte) {
+        slot->rinv_e = take(region, n);
+        slot->sig = take(region, n);
+        slot->x0 = take(region, n * c);
+        slot->e = take_norm(stage, n);
+    }
+    if (stage->has_head) {
+        slot->u = take(region, n * c);
+        slot->rinv = take(region, n);
+    }
     for (int i = 0; i < stage->n_layers; i++) {
-        layer_kept *kept = &stage->layers[i].kept, *first = &stage->layers[0].kept;
-        /* Without training the output of `mid` alone is read after the next layer's forward. */
-        bool own_x = stage->settings.training || i == 0 || i == stage->mid;
-        *kept = keeps_blocks(stage) || i == 0 ? take_block(stage, n) : *first;
-        kept->x = own_x ? take(&stage->regions[ACTIVATIONS], n * (size_t)stage->model->config.n_embd) : first->x;
-        kept->u_attn = take_norm(stage, n);
+        slot->kept[i] = take_kept(stage, slot, i, n);
+        if (stage->settings.split)
+            slot->owed[i] = take_owed(stage, &slot->kept[i], n);
+        else
+            slot->owed[i] = owed_at_once(stage);
     }
 }
 
+/* What all slots share. */
 static void lay_out_backward(poe_stage *stage, size_t n)
 {
     stage_region *region = &stage->regions[ACTIVATIONS];
     size_t c = (size_t)stage->model->config.n_embd, kv = stage->model->kv_dim;
     stage->dx = take(region, n * c);
-    stage->dx0 = take(region, n * c);
     stage->du = take(region, n * c);
-    if (stage->mid >= 0)
+    if (stage->has_wte)
+        stage->dx0 = take(region, n * c);
+    if (stage->backs_out && stage->mid >= 0)
         stage->dmid = take(region, n * c);
     stage->dq = take(region, n * c);
     stage->dk = take(region, n * kv);
@@ -188,16 +229,13 @@ static void lay_out_activations(poe_stage *stage)
     size_t t = (size_t)model->config.sequence_len, n = stage->settings.rows * t, c = (size_t)model->config.n_embd;
     stage->cos = take(region, t * model->head_size / 2);
     stage->sin = take(region, t * model->head_size / 2);
-    stage->rinv_e = take(region, n);
-    stage->sig = take(region, n);
-    stage->x0 = take(region, n * c);
-    stage->u = take(region, n * c);
-    stage->rinv = take(region, n);
     stage->wide = take(region, n * (model->mlp_dim > c ? model->mlp_dim : c));
-    stage->e = take_norm(stage, n);
-    lay_out_layers(stage, n);
+    if (!keeps_blocks(stage))
+        stage->block = take_block(stage, n);
     if (stage->settings.training)
         lay_out_backward(stage, n);
+    for (int m = 0; m < stage->settings.slots; m++)
+        lay_out_slot(stage, &stage->slots[m], n);
 }
 
 /* Angles in fp32, as nanochat has them. */
@@ -222,7 +260,7 @@ static poe_status prepare_set(const poe_model *model, int stage, tensor_set *set
     poe_status status = poe_model_tensors(model, stage, &set->table);
     if (status != POE_OK)
         return status;
-    set->state = calloc(set->table.count, sizeof(*set->state));
+    set->state = calloc(set->table.count ? set->table.count : 1, sizeof(*set->state));
     if (!set->state) {
         poe_error("out of memory for the table of optimiser states");
         return POE_FAILED;
@@ -238,30 +276,75 @@ static void lay_out(poe_stage *stage)
     lay_out_activations(stage);
 }
 
+static poe_status prepare_tables(poe_stage *stage)
+{
+    poe_status status = prepare_set(stage->model, stage->settings.stage, &stage->own);
+    if (status == POE_OK)
+        status = prepare_set(stage->model, -1, &stage->shared);
+    if (status != POE_OK)
+        return status;
+    const poe_tensor_table *own = &stage->own.table;
+    stage->has_wte = poe_tensor_find(own, "transformer.wte.weight") ||
+                     poe_tensor_find(&stage->shared.table, "transformer.wte.weight");
+    bool per_stage = stage->has_head && stage->model->config.head == POE_HEAD_PER_STAGE;
+    stage->own_head_row = per_stage ? (int)own->count - 1 : -1;
+    return POE_OK;
+}
+
+/* Records of layers and slots; poe_stage_destroy() frees them. */
+static poe_status prepare_records(poe_stage *stage, int first)
+{
+    size_t layers = (size_t)stage->n_layers, slots = (size_t)stage->settings.slots;
+    stage->layers = calloc(layers, sizeof(*stage->layers));
+    stage->slots = calloc(slots, sizeof(*stage->slots));
+    stage->all_kept = calloc(slots * layers, sizeof(*stage->all_kept));
+    stage->all_owed = calloc(slots * layers, sizeof(*stage->all_owed));
+    if (!stage->layers || !stage->slots || !stage->all_kept || !stage->all_owed) {
+        poe_error("out of memory for stage %d", stage->settings.stage);
+        return POE_FAILED;
+    }
+    for (size_t i = 0; i < layers; i++)
+        stage->layers[i].shape = &stage->model->layers[(size_t)first + i];
+    for (size_t m = 0; m < slots; m++) {
+        stage->slots[m].kept = stage->all_kept + m * layers;
+        stage->slots[m].owed = stage->all_owed + m * layers;
+    }
+    stage->slot = stage->slots;
+    return POE_OK;
+}
+
+static poe_status check_settings(const poe_stage_settings *settings)
+{
+    assert(settings->slots >= 1 && (settings->training || !settings->split));
+    if (!settings->split || settings->recompute == POE_RECOMPUTE_NONE)
+        return POE_OK;
+    poe_error("--recompute %s: a backward pass in two parts (zero bubble) needs everything kept: it allows none only",
+              poe_recompute_name(settings->recompute));
+    return POE_BAD_INPUT;
+}
+
 /* A stage that is laid out but has no memory yet. */
 static poe_status prepare(const poe_model *model, const poe_stage_settings *settings, poe_stage **result)
 {
-    int first = model->first_layer[settings->stage], n_layers = model->first_layer[settings->stage + 1] - first;
-    assert(settings->slots == 1 && !settings->split);
-    bool backout = model->config.objective == POE_OBJECTIVE_BP && model->config.backout;
+    poe_status status = check_settings(settings);
+    if (status != POE_OK)
+        return status;
     poe_stage *stage = calloc(1, sizeof(*stage));
-    stage_layer *layers = calloc((size_t)n_layers, sizeof(*layers));
-    if (!stage || !layers) {
+    if (!stage) {
         poe_error("out of memory for stage %d", settings->stage);
-        free(stage);
-        free(layers);
         return POE_FAILED;
     }
+    int first = model->first_layer[settings->stage], n_layers = model->first_layer[settings->stage + 1] - first;
+    int mid = poe_model_mid_layer(model);
     *stage = (poe_stage){.model = model,
                          .settings = *settings,
                          .n_layers = n_layers,
-                         .layers = layers,
-                         .mid = backout ? model->n_layers / 2 : -1};
-    for (int i = 0; i < n_layers; i++)
-        layers[i].shape = &model->layers[first + i];
-    poe_status status = prepare_set(model, settings->stage, &stage->own);
+                         .mid = mid >= first && mid < first + n_layers ? mid - first : -1,
+                         .has_head = poe_model_has_head(model, settings->stage),
+                         .backs_out = mid >= 0 && settings->stage == model->config.n_stages - 1};
+    status = prepare_records(stage, first);
     if (status == POE_OK)
-        status = prepare_set(model, -1, &stage->shared);
+        status = prepare_tables(stage);
     if (status != POE_OK) {
         poe_stage_destroy(stage);
         return status;
@@ -352,5 +435,8 @@ void poe_stage_destroy(poe_stage *stage)
     finish_set(&stage->own);
     finish_set(&stage->shared);
     free(stage->layers);
+    free(stage->slots);
+    free(stage->all_kept);
+    free(stage->all_owed);
     free(stage);
 }

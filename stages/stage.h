@@ -29,19 +29,20 @@ typedef struct poe_stage_settings {
     size_t rows;             /* B: the most rows of a micro-batch */
     int slots;               /* micro-batches whose activations are kept at once: 1 or more */
     bool training;           /* false: parameters and forward activations only */
-    bool split;              /* training only: backward comes in two parts; keep what the weights' part needs */
+    bool split;              /* training only: backward may come in two parts; needs POE_RECOMPUTE_NONE */
     poe_recompute recompute; /* training only */
 } poe_stage_settings;
 
 /* What crosses the boundary between two stages, (b,t,C) each, or its gradients. Under poe h alone. Where gradients flow
- * back, x0 rides with it (wte and smear live on stage 0 alone: poe_model_crosses_x0()), and with backout, from the stage
- * that has layer L/2 on, that layer's output mid (poe_model_crosses_mid()). NULL: does not cross. */
+ * back, x0 rides with it (wte and smear live on stage 0 alone: poe_model_crosses_x0()), and with backout, from the
+ * stage that has layer L/2 on, that layer's output mid (poe_model_crosses_mid()). NULL: does not cross. */
 typedef struct poe_crossing {
     float *h, *x0, *mid;
 } poe_crossing;
 
 /* Bytes of each arena, computed without allocating any (for the start-up table and --dry-run). The backend's scratch
- * is its own (poe_cpu_scratch_bytes() with poe_stage_limits()). */
+ * is its own (poe_cpu_scratch_bytes() with poe_stage_limits()). POE_BAD_INPUT: said, settings that exclude each
+ * other. */
 typedef struct poe_stage_memory {
     uint64_t parameters, gradients, optimizer, activations;
 } poe_stage_memory;
@@ -57,9 +58,13 @@ void poe_stage_destroy(poe_stage *stage); /* NULL is legal */
 
 const poe_model *poe_stage_model(const poe_stage *stage);
 
-/* The tensors and where they are. Own: this stage's alone. Shared: its replica of wte, lm_head, smear. Gradients are
- * laid out as the values, with one exception: under ps the gradient of W_head + W_head_k goes equally to both, is kept
- * once, as lm_head's, and the own gradients end before lm_head_stages.k, which stands last in the own table. */
+/* Whether this stage has logits and a loss of its own (poe_model_has_head()). */
+bool poe_stage_has_head(const poe_stage *stage);
+
+/* The tensors and where they are. Own: this stage's alone. Shared: its replica of what poe_model_tensors() says is
+ * shared, which may be nothing. Gradients are laid out as the values, with one exception: under ps the gradient of
+ * lm_head + lm_head_stages.k goes equally to both, is kept once, as lm_head's, and the own gradients end before
+ * lm_head_stages.k, which stands last in the own table. */
 const poe_tensor_table *poe_stage_own_table(const poe_stage *stage);
 const poe_tensor_table *poe_stage_shared_table(const poe_stage *stage);
 float *poe_stage_own_values(poe_stage *stage);
@@ -70,21 +75,34 @@ float *poe_stage_shared_gradients(poe_stage *stage); /* likewise; this stage's s
 void poe_stage_parameters_changed(poe_stage *stage);
 
 /* Forward of one micro-batch into slot `slot` (0..slots-1): b rows (<= B) of t positions (<= T). idx (b,t) in 0..V-1.
- * `in`: what the previous stage put out; NULL on stage 0, which starts from x0. `out`: written, all that crosses to the
- * next stage, x0 and mid copied on where they come from before; NULL: nobody wants it. Everything backward needs is
- * kept, or can be made again, until the slot's next forward. All memory is borrowed and none of it may overlap; idx and
- * what `in` points to must stay until poe_stage_backward() (or poe_stage_backward_input()) of this slot is done. */
+ * `in`: what crosses from the previous stage; NULL on stage 0, which starts from x0. `out`: every member that is not
+ * NULL is written, x0 and mid as well where they only pass through; NULL: nobody wants anything. Everything backward
+ * needs is kept, or can be made again, until the slot's next forward. Memory is borrowed and must not overlap; idx and
+ * what `in` points to must stay until poe_stage_backward() or poe_stage_backward_input() of this slot is done. */
 void poe_stage_forward(poe_stage *stage, int slot, size_t b, size_t t, const int32_t *idx, const poe_crossing *in,
                        const poe_crossing *out);
 
-/* Once after the slot's forward: the loss against targets (b,t) (negative: ignored) and the backward pass; gradients of
- * loss * stage weight / n_micro are added to those of the step, so slots must come in the order of their micro-batches.
- * Stage weight: 1 / K^(1 - alpha); 1 for bp. d_out: gradients from the next stage, NULL on the last one and under poe.
- * d_in: written, gradients for the previous stage; NULL: nobody wants them, as on stage 0 and under poe. *loss: mean nats
- * over targets >= 0, unweighted; 0 for a stage without a loss of its own (poe_stage_has_head()). POE_NUMERIC when it is
- * NaN or Inf (not said: the caller knows the step); the gradients are then of no use. */
+/* Once after the slot's forward: the loss against targets (b,t) (negative: ignored; not read without a head) and the
+ * backward pass; gradients of loss * stage weight / n_micro are added to those of the step. Slots must come in the order
+ * of their micro-batches: then the bits are those of one slot, and under bp those of one stage. Stage weight:
+ * 1 / K^(1 - alpha); 1 for bp. d_out: gradients of what crosses to the next stage, from there; NULL on the last stage.
+ * d_in: written, gradients of what crosses from the previous stage; NULL on stage 0. Under poe, where no gradient
+ * crosses, both are NULL. *loss: mean nats over targets >= 0, unweighted; 0 without a head. POE_NUMERIC when it is NaN
+ * or Inf (not said: the caller knows the step); the gradients are then of no use. */
 poe_status poe_stage_backward(poe_stage *stage, int slot, const int32_t *targets, int n_micro,
                               const poe_crossing *d_out, const poe_crossing *d_in, double *loss);
+
+/* The same in two parts, with settings.split: first everything that the previous stage waits for, with the gradients
+ * that come with it (head, value embeddings, wte, vectors); then, at any later time, in the order of micro-batches and
+ * before the slot's next forward, the products that give the gradients of the layers' matrices. Nothing borrowed is
+ * read by the second. Together the same bits as poe_stage_backward(). */
+poe_status poe_stage_backward_input(poe_stage *stage, int slot, const int32_t *targets, int n_micro,
+                                    const poe_crossing *d_out, const poe_crossing *d_in, double *loss);
+void poe_stage_backward_weight(poe_stage *stage, int slot);
+
+/* From now on calls done(arg) in every backward pass as soon as the micro-batch's part of lm_head's gradient is added,
+ * before the layers' backward. NULL: no more. */
+void poe_stage_on_head_gradient(poe_stage *stage, void (*done)(void *arg), void *arg);
 
 void poe_stage_clear_gradients(poe_stage *stage); /* the own ones, at the start of a step */
 void poe_stage_clear_shared_gradients(poe_stage *stage);
@@ -96,8 +114,23 @@ void poe_stage_clear_shared_gradients(poe_stage *stage);
 void poe_stage_update_own(poe_stage *stage, const poe_rates *rates);
 void poe_stage_update_shared(poe_stage *stage, const poe_rates *rates, const float *sum);
 
-/* True when every gradient of this stage, own and shared, is finite. */
+/* True when every gradient of the stage's own tensors is finite. */
 bool poe_stage_gradients_finite(const poe_stage *stage);
+
+/* The shared tensors in parts, as their gradients become final (the head's before the layers' backward) and their new
+ * values are wanted (wte and smear by forward, the head by the loss). */
+typedef enum poe_shared_part { POE_SHARED_HEAD, POE_SHARED_WTE, POE_SHARED_SMEAR, POE_SHARED_PARTS } poe_shared_part;
+/* Where a part is in `table`, the shared one: its rows, which stand together, and its floats. No rows: not shared. */
+typedef struct poe_shared_extent {
+    size_t first_row, n_rows;
+    size_t offset, floats;
+} poe_shared_extent;
+poe_shared_extent poe_stage_shared_extent(const poe_tensor_table *table, poe_shared_part part);
+/* The functions above for a part of the shared tensors; `sum` is the part's alone, and *poe_stage_shared_updates(), which counts the update
+ * that all parts of a step are, is the caller's to increment before the first of them. */
+void poe_stage_clear_shared_part(poe_stage *stage, poe_shared_part part);
+void poe_stage_update_shared_part(poe_stage *stage, poe_shared_part part, const poe_rates *rates, const float *sum);
+bool poe_stage_shared_part_finite(const poe_stage *stage, poe_shared_part part);
 
 /* Optimiser state as one flat piece per tensor, for checkpoints: own first or shared. For tensor `row` of the own
  * (shared false) or shared table: Muon has "momentum" (rows, cols) and "second" (rows or cols), AdamW "m", "v".
@@ -108,9 +141,9 @@ int poe_stage_state(poe_stage *stage, bool shared, size_t row, int part, const c
 int64_t *poe_stage_own_updates(poe_stage *stage);
 int64_t *poe_stage_shared_updates(poe_stage *stage);
 
-/* Logits of this stage for the rows first..first+n-1 of the last forward (rows counted over b*t), softcap applied:
- * z (n,V). n <= poe_stage_logit_rows(), which keeps z within 8 MiB or one row. Not after an update: only after a
- * forward with the parameters as they are. */
+/* Logits of this stage, which has a head, for the rows first..first+n-1 of the last forward (rows counted over b*t),
+ * softcap applied: z (n,V). n <= poe_stage_logit_rows(), which keeps z within 8 MiB or one row. Not after an update:
+ * only after a forward with the parameters as they are. */
 size_t poe_stage_logit_rows(const poe_stage *stage);
 void poe_stage_logits(poe_stage *stage, size_t first, size_t n, float *z);
 

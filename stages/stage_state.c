@@ -9,6 +9,11 @@ const poe_model *poe_stage_model(const poe_stage *stage)
     return stage->model;
 }
 
+bool poe_stage_has_head(const poe_stage *stage)
+{
+    return stage->has_head;
+}
+
 const poe_tensor_table *poe_stage_own_table(const poe_stage *stage)
 {
     return &stage->own.table;
@@ -54,13 +59,13 @@ void poe_stage_parameters_changed(poe_stage *stage)
     stage->head_sum_stale = true;
 }
 
-/* --- gradients --------------------------------------------------------------------------------------------------- */
-
-/* Floats of the own gradients, which end where the shared ones begin. */
-static size_t own_gradient_floats(const poe_stage *stage)
+void poe_stage_on_head_gradient(poe_stage *stage, void (*done)(void *arg), void *arg)
 {
-    return (size_t)(stage->shared.gradients - stage->own.gradients);
+    stage->head_done = done;
+    stage->head_done_arg = arg;
 }
+
+/* --- gradients --------------------------------------------------------------------------------------------------- */
 
 void poe_stage_clear_gradients(poe_stage *stage)
 {
@@ -74,9 +79,43 @@ void poe_stage_clear_shared_gradients(poe_stage *stage)
 
 bool poe_stage_gradients_finite(const poe_stage *stage)
 {
-    const poe_ops *ops = stage->backend->ops;
-    return ops->finite(stage->backend, stage->own.gradients, own_gradient_floats(stage)) &&
-           ops->finite(stage->backend, stage->shared.gradients, stage->shared.table.floats);
+    return stage->backend->ops->finite(stage->backend, stage->own.gradients, own_gradient_floats(stage));
+}
+
+/* --- parts of the shared tensors --------------------------------------------------------------------------------- */
+
+static bool is_of(poe_shared_part part, poe_group group)
+{
+    return part == POE_SHARED_HEAD ? group == POE_GROUP_HEAD : part == POE_SHARED_WTE ? group == POE_GROUP_WTE
+                                                                                      : group == POE_GROUP_SMEAR;
+}
+
+poe_shared_extent poe_stage_shared_extent(const poe_tensor_table *table, poe_shared_part part)
+{
+    poe_shared_extent extent = {0};
+    for (size_t row = 0; row < table->count; row++) {
+        const poe_tensor *tensor = &table->rows[row];
+        if (!is_of(part, tensor->group))
+            continue;
+        if (!extent.n_rows++) {
+            extent.first_row = row;
+            extent.offset = tensor->offset;
+        }
+        extent.floats = tensor->offset + tensor->rows * tensor->cols - extent.offset;
+    }
+    return extent;
+}
+
+void poe_stage_clear_shared_part(poe_stage *stage, poe_shared_part part)
+{
+    poe_shared_extent extent = poe_stage_shared_extent(&stage->shared.table, part);
+    stage->backend->ops->fill(stage->backend, stage->shared.gradients + extent.offset, 0, extent.floats);
+}
+
+bool poe_stage_shared_part_finite(const poe_stage *stage, poe_shared_part part)
+{
+    poe_shared_extent extent = poe_stage_shared_extent(&stage->shared.table, part);
+    return stage->backend->ops->finite(stage->backend, stage->shared.gradients + extent.offset, extent.floats);
 }
 
 /* --- optimiser --------------------------------------------------------------------------------------------------- */
@@ -140,7 +179,7 @@ void poe_stage_update_own(poe_stage *stage, const poe_rates *rates)
         const poe_tensor *tensor = &own->table.rows[row];
         if (tensor->trained)
             update_tensor(stage, own, row, rates,
-                          tensor->group == POE_GROUP_HEAD ? stage->g.head : own->gradients + tensor->offset);
+                          (int)row == stage->own_head_row ? stage->g.head : own->gradients + tensor->offset);
     }
     poe_stage_parameters_changed(stage);
 }
@@ -151,5 +190,14 @@ void poe_stage_update_shared(poe_stage *stage, const poe_rates *rates, const flo
     shared->updates++;
     for (size_t row = 0; row < shared->table.count; row++)
         update_tensor(stage, shared, row, rates, sum + shared->table.rows[row].offset);
+    poe_stage_parameters_changed(stage);
+}
+
+void poe_stage_update_shared_part(poe_stage *stage, poe_shared_part part, const poe_rates *rates, const float *sum)
+{
+    const tensor_set *shared = &stage->shared;
+    poe_shared_extent extent = poe_stage_shared_extent(&shared->table, part);
+    for (size_t row = extent.first_row; row < extent.first_row + extent.n_rows; row++)
+        update_tensor(stage, shared, row, rates, sum + shared->table.rows[row].offset - extent.offset);
     poe_stage_parameters_changed(stage);
 }

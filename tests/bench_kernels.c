@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT
- * How fast the operations that matter are, beside one thread's plain cblas_sgemm: GFLOP/s, the best of several tries.
+ * How fast the operations that matter are, beside one thread's plain OpenBLAS: GFLOP/s, the best of several tries.
  * Columns: operation, then 1, 2, ... threads up to the processors here. `bench_kernels [kernels [n c v t]]`. */
 #include <cblas.h>
 #include <stdio.h>
@@ -247,8 +247,8 @@ int main(int argc, char **argv)
                 double rate = rate_of(&benches[t], &rows[i]);
                 rates[t][i] = rate > rates[t][i] ? rate : rates[t][i];
             }
-    printf("%s, OpenBLAS %s, n %zu, c %zu, v %zu, t %zu: GFLOP/s on 1..%d threads\n", poe_kernels_name(kernels),
-           poe_blas_kernels(), sizes[0], c, sizes[2], sizes[3], threads);
+    printf("%s, products by %s (%s), n %zu, c %zu, v %zu, t %zu: GFLOP/s on 1..%d threads\n", poe_kernels_name(kernels),
+           poe_blas_library(), poe_blas_kernels(), sizes[0], c, sizes[2], sizes[3], threads);
     for (size_t i = 0; i < ROWS; i++) {
         printf("%-28s", rows[i].name);
         for (int t = 0; t < threads; t++)

@@ -7,6 +7,7 @@
 #include <unistd.h>
 
 #include "comm/transport.h"
+#include "src/bf16.h"
 #include "src/clock.h"
 #include "src/log.h"
 #include "src/rng.h"
@@ -308,92 +309,226 @@ static bool different_calls(poe_comm *comm)
 }
 
 /* --- the shared sum -------------------------------------------------------------------------------------------------------- */
-enum { COUNT = 10007, VECTORS = 9 };
+enum { COUNT = 10007, WIDTH = 24, TABLE = 400 * WIDTH, VECTORS = 9 };
 
-static void own_values(float *values, int rank, int step)
+/* What a sum is of: numbers, or a table of which a step touches some rows; and how it travels. */
+typedef struct sum_case {
+    size_t count, width, chunk;
+    poe_wire wire;
+    int slots, channel;
+    bool apart; /* totals are not written over the ranks' own values */
+} sum_case;
+
+/* Of a table: no rows in step 0, all of them in step 1, in the others some, of each rank others, with zeros of both
+ * signs in them and rows of nothing but -0. */
+static void own_values(float *values, const sum_case *c, int rank, int step)
 {
     poe_rng rng;
     poe_rng_init(&rng, (uint64_t)step, rank == 0 ? "a" : rank == 1 ? "b" : rank == 2 ? "c" : "d");
-    for (int i = 0; i < COUNT; i++)
-        values[i] = (float)poe_rng_normal(&rng);
+    double touched = !c->width || step == 1 ? 1 : step == 0 ? 0 : 0.05 * step;
+    size_t width = c->width ? c->width : c->count;
+    for (size_t first = 0; first < c->count; first += width) {
+        bool used = poe_rng_uniform(&rng) < touched, negative = poe_rng_uniform(&rng) < 0.1;
+        for (size_t i = first; i < first + width; i++) {
+            double x = poe_rng_normal(&rng);
+            values[i] = !used ? 0.0f : c->width && (negative || x < -1) ? -0.0f : x > 1 && c->width ? 0.0f : (float)x;
+        }
+    }
 }
 
-/* Exactly ((own_0 + own_1) + own_2) + ..., in the order of the chain. */
-static bool is_sum(const float *values, const int *ranks, int n, int step)
+static float travelled(poe_wire wire, float x)
 {
-    float *sum = malloc(COUNT * sizeof(float)), *own = malloc(COUNT * sizeof(float));
-    own_values(sum, ranks[0], step);
+    return wire == POE_WIRE_BF16 ? poe_bf16_value(poe_bf16_bits(x)) : x;
+}
+
+/* Exactly ((own_0 + own_1) + own_2) + ..., in the order of the chain, each partial sum rounded as it travels. */
+static bool is_sum(const float *values, const sum_case *c, const int *ranks, int n, int step)
+{
+    float *sum = malloc(c->count * sizeof(float)), *own = malloc(c->count * sizeof(float));
+    own_values(sum, c, ranks[0], step);
     for (int r = 1; r < n; r++) {
-        own_values(own, ranks[r], step);
-        for (int i = 0; i < COUNT; i++)
-            sum[i] += own[i];
+        own_values(own, c, ranks[r], step);
+        for (size_t i = 0; i < c->count; i++)
+            sum[i] = travelled(c->wire, travelled(c->wire, sum[i]) + own[i]);
     }
-    bool same = memcmp(sum, values, COUNT * sizeof(float)) == 0;
+    bool same = memcmp(sum, values, c->count * sizeof(float)) == 0;
     free(own);
     free(sum);
     return same;
 }
 
-static void reduce_along(poe_comm *comm, const int *ranks, int n, size_t chunk, int slots, int channel)
+static float *vector(size_t count)
 {
-    float *values[8];
-    poe_reduce_settings settings = {.name = "gradients", .ranks = ranks, .n_ranks = n, .channel = channel,
-                                    .count = COUNT, .chunk = chunk, .slots = slots, .run = 9};
-    poe_reduce *reduce;
-    poe_rng rng;
-    poe_rng_init(&rng, (uint64_t)poe_comm_rank(comm), "delays");
+    return aligned_alloc(64, (count * sizeof(float) + 63) / 64 * 64);
+}
+
+static poe_reduce *open_sum(poe_comm *comm, const sum_case *c, const int *ranks, int n)
+{
+    poe_reduce_settings settings = {.name = "gradients", .ranks = ranks, .n_ranks = n, .channel = c->channel,
+                                    .count = c->count, .width = c->width, .wire = c->wire, .chunk = c->chunk,
+                                    .slots = c->slots, .run = 9};
+    poe_reduce *reduce = NULL;
     CHECK_INT(poe_reduce_open(comm, &settings, &reduce), POE_OK);
-    for (int s = 0; s < slots; s++)
-        values[s] = aligned_alloc(64, (COUNT * sizeof(float) + 63) / 64 * 64);
-    for (int step = 0; step < VECTORS + slots - 1; step++) {
+    return reduce;
+}
+
+static void reduce_along(poe_comm *comm, const sum_case *c, const int *ranks, int n)
+{
+    float *own[8], *totals[8], *unchanged = vector(c->count);
+    int rank = poe_comm_rank(comm);
+    poe_reduce *reduce = open_sum(comm, c, ranks, n);
+    poe_rng rng;
+    poe_rng_init(&rng, (uint64_t)rank, "delays");
+    for (int s = 0; s < c->slots; s++) {
+        own[s] = vector(c->count);
+        totals[s] = c->apart ? vector(c->count) : own[s];
+    }
+    for (int step = 0; step < VECTORS + c->slots - 1; step++) {
+        int slot = step % c->slots, last = step - c->slots + 1;
         if (step < VECTORS) {
-            own_values(values[step % slots], poe_comm_rank(comm), step);
+            own_values(own[slot], c, rank, step);
             pause_for(0.004 * poe_rng_uniform(&rng));
-            CHECK_INT(poe_reduce_begin(reduce, step, values[step % slots]), POE_OK);
+            CHECK_INT(poe_reduce_begin(reduce, step, own[slot], totals[slot]), POE_OK);
         }
-        int last = step - slots + 1;
         if (last < 0)
             continue;
         CHECK_INT(poe_reduce_end(reduce, last), POE_OK);
-        CHECK(is_sum(values[last % slots], ranks, n, last));
+        CHECK(is_sum(totals[last % c->slots], c, ranks, n, last));
+        own_values(unchanged, c, rank, last);
+        CHECK(!c->apart || memcmp(own[last % c->slots], unchanged, c->count * sizeof(float)) == 0);
     }
     poe_reduce_close(reduce);
-    for (int s = 0; s < slots; s++)
-        free(values[s]);
+    free(unchanged);
+    for (int s = 0; s < c->slots; s++) {
+        free(own[s]);
+        if (c->apart)
+            free(totals[s]);
+    }
+}
+
+static void chains(int size, int *up, int *down)
+{
+    for (int r = 0; r < size; r++) {
+        up[r] = r;
+        down[r] = size - 1 - r;
+    }
 }
 
 static bool reduce(poe_comm *comm)
 {
     int size = poe_comm_size(comm), up[8], down[8];
-    for (int r = 0; r < size; r++) {
-        up[r] = r;
-        down[r] = size - 1 - r;
-    }
-    reduce_along(comm, up, size, 0, 1, 0);
-    reduce_along(comm, up, size, 1000, 3, 1);
-    reduce_along(comm, down, size, 333, 4, 2);
+    chains(size, up, down);
+    reduce_along(comm, &(sum_case){.count = COUNT, .slots = 1, .channel = 0}, up, size);
+    reduce_along(comm, &(sum_case){.count = COUNT, .chunk = 1000, .slots = 3, .channel = 1}, up, size);
+    reduce_along(comm, &(sum_case){.count = COUNT, .chunk = 333, .slots = 4, .channel = 2, .apart = true}, down, size);
     return true;
 }
 
-/* One rank sums another step: refused, not added. */
-static bool wrong_sum(poe_comm *comm)
+static poe_comm_stats stats_of(poe_comm *comm)
+{
+    poe_comm_stats stats;
+    poe_comm_get_stats(comm, &stats);
+    return stats;
+}
+
+/* Bytes of sums that a rank sends of what whole floats would be: rows that are zero stay behind, and no bit differs. */
+static bool sparse(poe_comm *comm)
+{
+    int size = poe_comm_size(comm), up[8], down[8];
+    chains(size, up, down);
+    sum_case c = {.count = TABLE, .width = WIDTH, .slots = 1, .channel = 0};
+    reduce_along(comm, &c, up, size);
+    poe_comm_stats stats = stats_of(comm);
+    CHECK(size == 1 || stats.shared_sent < 0.8 * (double)stats.shared_dense);
+    c = (sum_case){.count = TABLE, .width = WIDTH, .chunk = 1000, .slots = 3, .channel = 1, .apart = true};
+    reduce_along(comm, &c, down, size);
+    c = (sum_case){.count = TABLE, .width = WIDTH, .chunk = 1, .slots = 2, .channel = 2};
+    reduce_along(comm, &c, up, size);
+    return true;
+}
+
+static bool rounded(poe_comm *comm)
+{
+    int size = poe_comm_size(comm), up[8], down[8];
+    chains(size, up, down);
+    reduce_along(comm, &(sum_case){.count = COUNT, .chunk = 1001, .wire = POE_WIRE_BF16, .slots = 2, .channel = 0}, up,
+                 size);
+    poe_comm_stats stats = stats_of(comm);
+    CHECK_INT(2 * stats.shared_sent, stats.shared_dense);
+    sum_case c = {.count = TABLE, .width = WIDTH, .chunk = 999, .wire = POE_WIRE_BF16, .slots = 2, .channel = 1};
+    reduce_along(comm, &c, down, size);
+    /* rows of an odd number of floats */
+    c = (sum_case){.count = 800, .width = 5, .chunk = 255, .wire = POE_WIRE_BF16, .slots = 1, .channel = 2};
+    reduce_along(comm, &c, up, size);
+    return true;
+}
+
+/* Parts of a vector become final one after the other, and their totals are wanted in another order. */
+static bool parts(poe_comm *comm)
+{
+    int size = poe_comm_size(comm), up[8], down[8], rank = poe_comm_rank(comm);
+    chains(size, up, down);
+    sum_case cases[2] = {{.count = COUNT, .slots = 1, .chunk = 500, .channel = 0},
+                         {.count = TABLE, .width = WIDTH, .slots = 1, .chunk = 500, .channel = 1}};
+    poe_reduce *sums[2];
+    float *values[2];
+    for (int p = 0; p < 2; p++) {
+        sums[p] = open_sum(comm, &cases[p], up, size);
+        values[p] = vector(cases[p].count);
+    }
+    for (int step = 0; step < VECTORS; step++) {
+        for (int p = 0; p < 2; p++) {
+            own_values(values[p], &cases[p], rank, step);
+            CHECK_INT(poe_reduce_begin(sums[p], step, values[p], values[p]), POE_OK);
+            pause_for(0.001 * ((rank + step) % 3));
+        }
+        for (int p = 1; p >= 0; p--) {
+            CHECK_INT(poe_reduce_end(sums[p], step), POE_OK);
+            CHECK(is_sum(values[p], &cases[p], up, size, step));
+        }
+    }
+    for (int p = 0; p < 2; p++) {
+        poe_reduce_close(sums[p]);
+        free(values[p]);
+    }
+    return true;
+}
+
+/* One rank sums something else: refused, not added. */
+static bool refused_sum(poe_comm *comm, const sum_case *cases, int step)
 {
     int ranks[] = {0, 1}, rank = poe_comm_rank(comm);
     if (rank > 1)
         return false;
-    poe_reduce_settings settings = {.name = "gradients", .ranks = ranks, .n_ranks = 2, .count = COUNT, .slots = 1};
-    poe_reduce *sum;
-    float *values = aligned_alloc(64, (COUNT * sizeof(float) + 63) / 64 * 64);
-    own_values(values, rank, 0);
-    CHECK_INT(poe_reduce_open(comm, &settings, &sum), POE_OK);
-    CHECK_INT(poe_reduce_begin(sum, rank, values), POE_OK);
+    float *values = vector(cases[rank].count);
+    own_values(values, &cases[rank], rank, 2);
+    poe_reduce *sum = open_sum(comm, &cases[rank], ranks, 2);
+    CHECK_INT(poe_reduce_begin(sum, rank * step, values, values), POE_OK);
     if (rank == 1)
-        CHECK_INT(poe_reduce_end(sum, rank), POE_PEER_LOST);
+        CHECK_INT(poe_reduce_end(sum, step), POE_PEER_LOST);
     else
         pause_for(0.1);
     poe_reduce_close(sum);
     free(values);
     return false;
+}
+
+static bool wrong_sum(poe_comm *comm)
+{
+    sum_case same = {.count = COUNT, .slots = 1};
+    return refused_sum(comm, (sum_case[]){same, same}, 1);
+}
+
+static bool wrong_format(poe_comm *comm)
+{
+    sum_case half = {.count = COUNT, .slots = 1, .wire = POE_WIRE_BF16}, whole = {.count = COUNT, .slots = 1};
+    return refused_sum(comm, (sum_case[]){half, whole}, 0);
+}
+
+static bool wrong_rows(poe_comm *comm)
+{
+    sum_case rows = {.count = TABLE, .slots = 1, .width = WIDTH}, whole = {.count = TABLE, .slots = 1, .width = 48};
+    return refused_sum(comm, (sum_case[]){rows, whole}, 0);
 }
 
 #define PATIENT {.deadline = 30, .patience = 30}
@@ -403,6 +538,9 @@ const poe_scenario poe_scenarios[] = {
     {"collectives", 1, PATIENT, collectives, 0, NULL},
     {"agree", 1, PATIENT, agree, 0, NULL},
     {"reduce", 1, PATIENT, reduce, 0, NULL},
+    {"sparse", 1, PATIENT, sparse, 0, NULL},
+    {"rounded", 1, PATIENT, rounded, 0, NULL},
+    {"parts", 1, PATIENT, parts, 0, NULL},
     {"stop", 1, {.deadline = 100, .patience = 100, .heartbeat = 10}, stop, 0, NULL},
     {"report", 2, PATIENT, report, 0,
      "rank 0: waiting for a barrier with a name (collective call 1) from rank 1 since "},
@@ -417,8 +555,10 @@ const poe_scenario poe_scenarios[] = {
     {"wrong shape", 2, PATIENT, wrong_shape, 1, "from rank 0: its shape[2] is 4, expected 5\n"},
     {"wrong length", 2, PATIENT, wrong_length, 1, "from rank 0: its length is 96, expected 97\n"},
     {"wrong run", 2, PATIENT, wrong_run, 1, "its run is 0000000000000005, expected 0000000000000006\n"},
-    {"different calls", 2, PATIENT, different_calls, 1, "its kind is 1, expected 2\n"},
+    {"different calls", 2, PATIENT, different_calls, 0, "its kind is 2, expected 1\n"},
     {"wrong sum", 2, PATIENT, wrong_sum, 1, "from rank 0: its step is 0, expected 1\n"},
+    {"wrong format", 2, PATIENT, wrong_format, 1, "from rank 0: its shape[0] is 1, expected 0\n"},
+    {"wrong rows", 2, PATIENT, wrong_rows, 1, "from rank 0: its shape[1] is 24, expected 48\n"},
 };
 const int poe_n_scenarios = sizeof(poe_scenarios) / sizeof(*poe_scenarios);
 

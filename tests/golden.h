@@ -10,10 +10,10 @@
 #include "stages/optimizer.h"
 #include "tests/check.h"
 
-enum { GOLDEN_COUNT = 6, GOLDEN_PATH = 4400 };
+enum { GOLDEN_COUNT = 8, GOLDEN_PATH = 4400 };
 
-static const char *const golden_names[GOLDEN_COUNT] = {"ps-2,1,1",  "sh-1,3,1",     "bp-4",
-                                                       "stale-2,2", "delay2-1,1,1", "every3-1,2"};
+static const char *const golden_names[GOLDEN_COUNT] = {"ps-2,1,1",     "sh-1,3,1",   "bp-4",   "stale-2,2",
+                                                       "delay2-1,1,1", "every3-1,2", "bp-2,1", "hier-1,2,1"};
 
 typedef struct golden {
     const char *name;
@@ -69,6 +69,13 @@ static inline poe_safetensors *golden_tensors(const golden *run, const char *fil
     return tensors;
 }
 
+static inline poe_objective golden_objective(const golden *run)
+{
+    if (golden_is(run, "objective", "bp"))
+        return POE_OBJECTIVE_BP;
+    return golden_is(run, "objective", "hierarchical") ? POE_OBJECTIVE_HIERARCHICAL : POE_OBJECTIVE_POE;
+}
+
 static inline void golden_read_model(golden *run)
 {
     const json_t *c = run->config, *stages = json_object_get(c, "stages");
@@ -77,7 +84,7 @@ static inline void golden_read_model(golden *run)
     poe_model_config config = {
         .n_stages = (int)json_array_size(stages),
         .head = golden_is(run, "head", "ps") ? POE_HEAD_PER_STAGE : POE_HEAD_SHARED,
-        .objective = golden_is(run, "objective", "bp") ? POE_OBJECTIVE_BP : POE_OBJECTIVE_POE,
+        .objective = golden_objective(run),
         .alpha = golden_number(c, "alpha"),
         .backout = !json_is_false(json_object_get(c, "backout")),
         .n_embd = (int)golden_number(c, "n_embd"),

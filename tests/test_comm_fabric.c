@@ -285,13 +285,13 @@ static bool early_sum(poe_comm *comm)
         values[i] = (float)(i % 1000 + rank);
     if (rank == 0) {
         CHECK_INT(poe_reduce_open(comm, &settings, &reduce), POE_OK);
-        CHECK_INT(poe_reduce_begin(reduce, 0, values), POE_OK);
+        CHECK_INT(poe_reduce_begin(reduce, 0, values, values), POE_OK);
     }
     for (int i = 0; i < 5; i++)
         CHECK_INT(poe_comm_barrier(comm, "before the other rank sums"), POE_OK);
     if (rank == 1) {
         CHECK_INT(poe_reduce_open(comm, &settings, &reduce), POE_OK);
-        CHECK_INT(poe_reduce_begin(reduce, 0, values), POE_OK);
+        CHECK_INT(poe_reduce_begin(reduce, 0, values, values), POE_OK);
     }
     CHECK_INT(poe_reduce_end(reduce, 0), POE_OK);
     int wrong = 0;
@@ -315,7 +315,7 @@ static bool give_up(poe_comm *comm)
         float *values = aligned_alloc(64, COUNT * sizeof(float));
         memset(values, 0, COUNT * sizeof(float));
         CHECK_INT(poe_reduce_open(comm, &settings, &reduce), POE_OK);
-        CHECK_INT(poe_reduce_begin(reduce, 0, values), POE_OK);
+        CHECK_INT(poe_reduce_begin(reduce, 0, values, values), POE_OK);
         usleep(50000); /* it is stuck: the other side posts nothing */
         poe_reduce_close(reduce);
         free(values);

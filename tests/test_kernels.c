@@ -424,8 +424,12 @@ static void case_rotary(run *r)
         plain_rotary(want + i * hs, want_dx + i * hs, x + i * hs, dy + i * hs, cosine + angle, sine + angle, hs);
     }
     r->ops->rotary_forward(r->be, x, rinv, x, cosine, sine, b, t, heads, hs, eps);
-    r->ops->rotary_backward(r->be, dy, dy, x, rinv, cosine, sine, b, t, heads, hs);
     expect(r, "rotary y", x, want, n, exact);
+    float *over_y = draw(r, n, 1);
+    memcpy(over_y, x, n * sizeof(*x));
+    r->ops->rotary_backward(r->be, over_y, dy, over_y, rinv, cosine, sine, b, t, heads, hs);
+    r->ops->rotary_backward(r->be, dy, dy, x, rinv, cosine, sine, b, t, heads, hs);
+    CHECK(memcmp(over_y, dy, n * sizeof(*dy)) == 0);
     /* A head whose values happen to be small has a large rinv, and cancels: the tolerance is that of rinv^2. */
     expect(r, "rotary dx", dy, want_dx, n, 1e-4);
 }
@@ -625,6 +629,46 @@ static void plain_normuon(run *r, double *x, double *second, size_t rows, size_t
         x[i] *= sqrt(before) / fmax(sqrt(after), 1e-10) / sqrt(fmax(second[by_row ? i / cols : i % cols], 1e-10));
 }
 
+/* Gradients whose singular values fall over `decades`: what the small Gram matrix finds hardest. */
+static void spread(run *r, float *g, size_t rows, size_t cols, double decades)
+{
+    size_t small = rows < cols ? rows : cols, n = rows * cols;
+    double *mixed = doubles(r, NULL, n), *mix = doubles(r, NULL, small * small);
+    for (size_t i = 0; i < small; i++)
+        for (size_t j = 0; j < small; j++)
+            mix[i * small + j] = poe_rng_normal(&r->rng) * pow(10, -decades * (double)j / (double)small);
+    for (size_t i = 0; i < rows; i++)
+        for (size_t j = 0; j < cols; j++)
+            for (size_t l = 0; l < small; l++)
+                mixed[i * cols + j] += rows < cols ? mix[i * small + l] * (double)g[l * cols + j]
+                                                   : (double)g[i * cols + l] * mix[j * small + l];
+    for (size_t i = 0; i < n; i++)
+        g[i] = (float)mixed[i];
+}
+
+/* The direction alone: no weights, no momentum, no variance to remember. */
+static void case_muon_spread(run *r)
+{
+    static const size_t sides[][2] = {{24, 24}, {24, 96}, {96, 24}, {70, 280}, {280, 70}, {130, 512}};
+    const size_t *side = sides[pick(r, 0, 5)];
+    size_t rows = side[0], cols = side[1], n = rows * cols, kept = rows > cols ? rows : cols;
+    float *w = draw(r, n, 0), *m = draw(r, n, 0), *second = draw(r, kept, 0), *g = draw(r, n, 1);
+    spread(r, g, rows, cols, (double)pick(r, 0, 7));
+    double *x = doubles(r, g, n), *want_second = doubles(r, NULL, kept), square = 0;
+    for (size_t i = 0; i < n; i++)
+        square += x[i] * x[i];
+    for (size_t i = 0; i < n; i++)
+        x[i] /= 1.01 * sqrt(square) + 1e-6;
+    for (size_t i = 0; r->check && i < 5; i++)
+        plain_polar_step(r, x, rows, cols, polar[i]);
+    plain_normuon(r, x, want_second, rows, cols);
+    double lr = sqrt(fmax(1, (double)rows / (double)cols));
+    for (size_t i = 0; i < n; i++)
+        x[i] *= -lr;
+    r->ops->muon(r->be, w, m, second, g, rows, cols, &(poe_muon_step){1.0f, 0.0f, 0.0f});
+    expect(r, "muon direction", w, x, n, 1e-3);
+}
+
 static void case_muon(run *r)
 {
     static const size_t sides[][2] = {{2, 12}, {24, 24}, {24, 96}, {96, 24}, {40, 33}, {12, 48}, {280, 70}};
@@ -689,6 +733,7 @@ static const test_case cases[] = {
     {"head", case_head, 8},
     {"adamw", case_adamw, 3},
     {"muon", case_muon, 8},
+    {"muon, spread spectrum", case_muon_spread, 12},
     {"muon of zeros", case_muon_zero, 1},
 };
 
@@ -732,8 +777,10 @@ static void test_kernels(poe_kernels kernels)
         poe_cpu_destroy(be[i]);
 }
 
-int main(void)
+int main(int argc, char **argv)
 {
+    (void)argc;
+    poe_blas_ensure(poe_kernels_best(), argv); /* products by the best library under every set */
     for (poe_kernels kernels = 0; kernels <= poe_kernels_best(); kernels++)
         test_kernels(kernels);
     poe_cpu_destroy(NULL);

@@ -107,6 +107,59 @@ static void check_tables(void)
     poe_tensor_table_free(&table);
 }
 
+/* The stage (-1: shared) whose table has `name`; -2: none, -3: several. */
+static int owner_of(const poe_model *model, const char *name)
+{
+    int owner = -2;
+    for (int stage = -1; stage < model->config.n_stages; stage++) {
+        poe_tensor_table table;
+        CHECK_INT(poe_model_tensors(model, stage, &table), POE_OK);
+        if (poe_tensor_find(&table, name))
+            owner = owner == -2 ? stage : -3;
+        poe_tensor_table_free(&table);
+    }
+    return owner;
+}
+
+static void check_owners(const poe_model *model, int wte, int head, int head_0, int head_2)
+{
+    CHECK_INT(owner_of(model, "transformer.wte.weight"), wte);
+    CHECK_INT(owner_of(model, "smear_gate.weight"), wte);
+    CHECK_INT(owner_of(model, "smear_lambda"), wte);
+    CHECK_INT(owner_of(model, "lm_head.weight"), head);
+    CHECK_INT(owner_of(model, "lm_head_stages.0.weight"), head_0);
+    CHECK_INT(owner_of(model, "lm_head_stages.2.weight"), head_2);
+    CHECK_INT(owner_of(model, "backout_lambda"), 2);
+    for (int stage = -1; stage < 3; stage++)
+        check_table(model, stage);
+}
+
+/* Who has what, and what crosses a boundary, by objective. */
+static void check_objectives(void)
+{
+    poe_model model, whole;
+    poe_model_config config = small_config();
+    config.backout = true;
+    CHECK_INT(poe_model_init(&model, &config), POE_OK);
+    check_owners(&model, -1, -1, 0, 2);
+    CHECK(!poe_model_crosses_x0(&model, 0) && !poe_model_crosses_mid(&model, 1) && poe_model_has_head(&model, 0));
+    config.objective = POE_OBJECTIVE_HIERARCHICAL;
+    CHECK_INT(poe_model_init(&model, &config), POE_OK);
+    check_owners(&model, 0, -1, 0, 2);
+    CHECK(poe_model_crosses_x0(&model, 0) && !poe_model_crosses_mid(&model, 1) && poe_model_has_head(&model, 0));
+    config.objective = POE_OBJECTIVE_BP;
+    CHECK_INT(poe_model_init(&model, &config), POE_OK);
+    check_owners(&model, 0, 2, 2, -2);
+    CHECK_INT(poe_model_mid_layer(&model), 2);
+    CHECK(!poe_model_crosses_mid(&model, 0) && poe_model_crosses_mid(&model, 1)); /* layer 2 is stage 1's */
+    CHECK(poe_model_crosses_x0(&model, 1) && !poe_model_has_head(&model, 1) && poe_model_has_head(&model, 2));
+    config.n_stages = 1;
+    config.stage_layers[0] = 4;
+    CHECK_INT(poe_model_init(&whole, &config), POE_OK);
+    CHECK_INT(poe_model_parameters(&model), poe_model_parameters(&whole));
+    CHECK_INT(poe_model_scaling_parameters(&model), poe_model_scaling_parameters(&whole));
+}
+
 static void check_deviation(const poe_tensor_table *table, const float *values, const char *name, double deviation)
 {
     const poe_tensor *tensor = poe_tensor_find(table, name);
@@ -151,21 +204,29 @@ static void check_initial(void)
     poe_tensor_table_free(&shared);
 }
 
-/* A tensor's values do not depend on the partition that holds it. */
+/* A tensor's values do not depend on the partition that holds it, nor on whether it is shared. */
 static void check_initial_partition(void)
 {
     poe_model model;
     poe_model_config config = small_config();
+    config.objective = POE_OBJECTIVE_BP;
     CHECK_INT(poe_model_init(&model, &config), POE_OK);
-    poe_tensor_table parts, whole;
+    poe_tensor_table parts, whole, shared;
     CHECK_INT(poe_model_tensors(&model, 2, &parts), POE_OK);
     config.n_stages = 1;
     config.stage_layers[0] = 4;
+    config.objective = POE_OBJECTIVE_POE;
     CHECK_INT(poe_model_init(&model, &config), POE_OK);
     CHECK_INT(poe_model_tensors(&model, 0, &whole), POE_OK);
+    CHECK_INT(poe_model_tensors(&model, -1, &shared), POE_OK);
     float *a = calloc(parts.floats, sizeof(*a)), *b = calloc(whole.floats, sizeof(*b));
+    float *common = calloc(shared.floats, sizeof(*common));
     poe_model_initialise(&model, &parts, 3, a);
     poe_model_initialise(&model, &whole, 3, b);
+    poe_model_initialise(&model, &shared, 3, common);
+    const poe_tensor *own_head = poe_tensor_find(&parts, "lm_head.weight");
+    const poe_tensor *shared_head = poe_tensor_find(&shared, "lm_head.weight");
+    CHECK(memcmp(a + own_head->offset, common + shared_head->offset, 320 * 48 * sizeof(float)) == 0);
     const poe_tensor *in_parts = poe_tensor_find(&parts, "value_embeds.3.weight");
     const poe_tensor *in_whole = poe_tensor_find(&whole, "value_embeds.3.weight");
     CHECK(memcmp(a + in_parts->offset, b + in_whole->offset, 320 * 24 * sizeof(float)) == 0);
@@ -173,8 +234,10 @@ static void check_initial_partition(void)
           b[poe_tensor_find(&whole, "resid_lambdas")->offset + 3]);
     free(a);
     free(b);
+    free(common);
     poe_tensor_table_free(&parts);
     poe_tensor_table_free(&whole);
+    poe_tensor_table_free(&shared);
 }
 
 static poe_log *test_log;
@@ -205,7 +268,6 @@ static void check_bad_input(void)
     REFUSED(stage_layers[1] = 0);
     REFUSED(stage_layers[1] = -3);
     REFUSED(stage_layers[1] = POE_MAX_LAYERS);
-    REFUSED(objective = POE_OBJECTIVE_BP);
     REFUSED(n_embd = 23);
     REFUSED(n_embd = 50);
     REFUSED(n_embd = 1 << 30);
@@ -232,6 +294,7 @@ int main(void)
     check_totals();
     check_layers();
     check_tables();
+    check_objectives();
     check_initial();
     check_initial_partition();
     check_bad_input();

@@ -6,153 +6,40 @@
 #include "stages/stage.h"
 
 #include "src/log.h"
-#include "src/rng.h"
-#include "stages/cpu/cpu.h"
-#include "stages/plain/plain.h"
-#include "tests/stage_chain.h"
-
-enum { B = 2, T = 9, V = 70, C = 24 };
-
-static poe_status create_cpu(const poe_backend_limits *limits, poe_backend **result)
-{
-    return poe_cpu_create(poe_kernels_best(), 1, limits, result);
-}
-
-static poe_status create_cpu_threads(const poe_backend_limits *limits, poe_backend **result)
-{
-    return poe_cpu_create(poe_kernels_best(), 3, limits, result);
-}
-
-static const chain_backend plain = {"plain", poe_plain_create, poe_plain_destroy};
-static const chain_backend cpu = {"cpu", create_cpu, poe_cpu_destroy};
-static const chain_backend cpu_threads = {"cpu with 3 threads", create_cpu_threads, poe_cpu_destroy};
-
-static int32_t idx[B * T], targets[B * T];
-
-static poe_model_config small_config(int n_stages, const int *layers)
-{
-    poe_model_config config = {.n_stages = n_stages,
-                               .head = POE_HEAD_SHARED,
-                               .alpha = 1,
-                               .n_embd = C,
-                               .n_head = 4,
-                               .n_kv_head = 2,
-                               .mlp_dim = 40,
-                               .sequence_len = T,
-                               .vocab_size = V,
-                               .window_pattern = "SL",
-                               .norm_eps = 1.1920929e-7};
-    memcpy(config.stage_layers, layers, (size_t)n_stages * sizeof(*layers));
-    return config;
-}
-
-/* Short windows are 128 positions at least: cut to 3 here, so that T positions feel them. */
-static poe_model small_model(const poe_model_config *config)
-{
-    poe_model model;
-    chain_require(poe_model_init(&model, config) == POE_OK, "poe_model_init");
-    for (int i = 0; i < model.n_layers; i++)
-        if (model.layers[i].window != T)
-            model.layers[i].window = 3;
-    return model;
-}
-
-static void fill_tokens(void)
-{
-    poe_rng rng;
-    poe_rng_init(&rng, 5, "tokens");
-    for (int i = 0; i < B * T; i++) {
-        idx[i] = (int32_t)(poe_rng_next(&rng) % V);
-        targets[i] = i % 7 == 3 ? -1 : (int32_t)(poe_rng_next(&rng) % V);
-    }
-    idx[4] = idx[2]; /* one token twice in a row */
-}
-
-/* Every weight is non-zero, so that every path carries a gradient. */
-static void randomise(const poe_tensor_table *table, uint64_t seed, float *values)
-{
-    static const double deviation[] = {
-        [POE_GROUP_MATRIX] = 0.15, [POE_GROUP_HEAD] = 0.2, [POE_GROUP_WTE] = 0.7,  [POE_GROUP_VALUE_EMBED] = 0.7,
-        [POE_GROUP_RESID] = 0.05,  [POE_GROUP_X0] = 0.2,   [POE_GROUP_SMEAR] = 0.3};
-    for (size_t i = 0; i < table->count; i++) {
-        const poe_tensor *tensor = &table->rows[i];
-        double mean = tensor->group == POE_GROUP_RESID ? 1.1 : 0;
-        for (size_t j = 0; j < tensor->rows * tensor->cols; j++) {
-            char stream[POE_NAME_MAX + 32];
-            poe_rng rng; /* one stream for each element: slices of a vector get the same in any partition */
-            snprintf(stream, sizeof(stream), "%s/%zu", tensor->name, tensor->first + j);
-            poe_rng_init(&rng, seed, stream);
-            values[tensor->offset + j] = (float)(mean + deviation[tensor->group] * poe_rng_normal(&rng));
-        }
-    }
-}
-
-static void randomise_stage(poe_stage *stage, uint64_t seed)
-{
-    randomise(poe_stage_own_table(stage), seed, poe_stage_own_values(stage));
-    randomise(poe_stage_shared_table(stage), seed, poe_stage_shared_values(stage));
-    poe_stage_parameters_changed(stage);
-}
-
-static void open_random_recomputing(stage_chain *chain, const poe_model *model, bool training,
-                                    const chain_backend *kind, poe_recompute recompute)
-{
-    chain_open_recomputing(chain, model, B, training, kind, recompute);
-    for (int k = 0; k < chain->n_stages; k++)
-        randomise_stage(chain->stages[k], 11);
-}
-
-static void open_random(stage_chain *chain, const poe_model *model, bool training, const chain_backend *kind)
-{
-    open_random_recomputing(chain, model, training, kind, POE_RECOMPUTE_NONE);
-}
-
-static bool same_floats(const float *a, const float *b, size_t n)
-{
-    return memcmp(a, b, n * sizeof(*a)) == 0;
-}
-
-/* Own gradients end before an own head (stage.h). */
-static size_t own_gradient_floats(poe_stage *stage)
-{
-    const poe_tensor_table *own = poe_stage_own_table(stage);
-    const poe_tensor *last = &own->rows[own->count - 1];
-    return last->group == POE_GROUP_HEAD ? last->offset : own->floats;
-}
-
-static bool same_gradients(poe_stage *a, poe_stage *b)
-{
-    return same_floats(poe_stage_own_gradients(a), poe_stage_own_gradients(b), own_gradient_floats(a)) &&
-           same_floats(poe_stage_shared_gradients(a), poe_stage_shared_gradients(b), poe_stage_shared_table(a)->floats);
-}
-
-static bool same_values(poe_stage *a, poe_stage *b)
-{
-    return same_floats(poe_stage_own_values(a), poe_stage_own_values(b), poe_stage_own_table(a)->floats) &&
-           same_floats(poe_stage_shared_values(a), poe_stage_shared_values(b), poe_stage_shared_table(a)->floats);
-}
-
-static const poe_rates some_rates = {.lrm = 1,
-                                     .momentum = 0.9,
-                                     .matrix_wd = 0.3,
-                                     .matrix_lr = 0.02,
-                                     .head_lr = 0.01,
-                                     .wte_lr = 0.05,
-                                     .ve_lr = 0.05,
-                                     .resid_lr = 0.001,
-                                     .x0_lr = 0.01,
-                                     .smear_lr = 0.02};
+#include "tests/stage_small.h"
 
 /* --- finite differences ----------------------------------------------------------------------------------------- */
 
-static double loss_of(stage_chain *chain, int k)
+static double loss_of_stage(stage_chain *chain, int k)
 {
     double loss;
     poe_stage *stage = chain->stages[k];
     poe_stage_parameters_changed(stage);
-    poe_stage_forward(stage, 0, B, T, idx, k ? &(poe_crossing){.h = chain->h[k - 1]} : NULL, NULL);
+    chain_forward(chain, k, 0, B, T, idx);
     CHECK_INT(poe_stage_backward(stage, 0, targets, 1, NULL, NULL, &loss), POE_OK);
     return loss;
+}
+
+/* What all gradients are of where they flow back (each loss has weight 1 here). Stage 0's replica of what is shared is
+ * the one that counts. */
+static double loss_of_all(stage_chain *chain)
+{
+    double losses[POE_MAX_STAGES] = {0}, sum = 0;
+    for (int k = 0; k < chain->n_stages; k++) {
+        if (k > 0)
+            memcpy(poe_stage_shared_values(chain->stages[k]), poe_stage_shared_values(chain->stages[0]),
+                   chain->shared_floats * sizeof(float));
+        poe_stage_parameters_changed(chain->stages[k]);
+    }
+    chain_run(chain, B, T, idx, targets, 1, losses);
+    for (int k = 0; k < chain->n_stages; k++)
+        sum += losses[k];
+    return sum;
+}
+
+static double loss_of(stage_chain *chain, int k)
+{
+    return chain_flows_back(chain) ? loss_of_all(chain) : loss_of_stage(chain, k);
 }
 
 /* Moves w along half its gradient and half a random direction and compares the change of the loss with the gradient's
@@ -196,40 +83,58 @@ static void check_direction(stage_chain *chain, int k, const poe_tensor *tensor,
     free(move);
 }
 
-static void check_table_gradients(stage_chain *chain, int k, bool shared, const float *own, const float *common)
+static float *copied(const float *from, size_t floats)
+{
+    float *copy = malloc((floats + 1) * sizeof(*copy));
+    chain_require(copy != NULL, "memory");
+    memcpy(copy, from, floats * sizeof(*copy));
+    return copy;
+}
+
+static void check_own_gradients(stage_chain *chain, int k)
 {
     poe_stage *stage = chain->stages[k];
-    const poe_tensor_table *table = shared ? poe_stage_shared_table(stage) : poe_stage_own_table(stage);
-    float *values = shared ? poe_stage_shared_values(stage) : poe_stage_own_values(stage);
-    for (size_t i = 0; i < table->count; i++) {
-        const poe_tensor *tensor = &table->rows[i];
-        const float *gradient = (shared ? common : own) + tensor->offset;
-        if (!shared && tensor->group == POE_GROUP_HEAD) /* one gradient for both heads */
-            gradient = common + poe_tensor_find(poe_stage_shared_table(stage), "lm_head.weight")->offset;
-        if (tensor->trained)
-            check_direction(chain, k, tensor, values + tensor->offset, gradient);
+    const poe_tensor_table *own = poe_stage_own_table(stage);
+    for (size_t i = 0; i < own->count; i++) {
+        if (!own->rows[i].trained)
+            continue;
+        chain_clear(chain);
+        loss_of(chain, k);
+        float *gradient = copied(chain_own_gradient(stage, i), own->rows[i].rows * own->rows[i].cols);
+        check_direction(chain, k, &own->rows[i], poe_stage_own_values(stage) + own->rows[i].offset, gradient);
+        free(gradient);
     }
 }
 
-/* For each stage: all its gradients are those of its own loss with its input held fixed. */
+/* `gradients`: laid out as the shared table. */
+static void check_shared_gradients(stage_chain *chain, int k, const float *gradients)
+{
+    const poe_tensor_table *table = poe_stage_shared_table(chain->stages[k]);
+    for (size_t i = 0; i < table->count; i++) {
+        size_t offset = table->rows[i].offset;
+        check_direction(chain, k, &table->rows[i], poe_stage_shared_values(chain->stages[k]) + offset,
+                        gradients + offset);
+    }
+}
+
+/* Under poe all gradients of a stage are those of its own loss with its input held fixed; otherwise those of the sum of
+ * all losses. */
 static void check_gradients(const poe_model *model)
 {
     stage_chain chain;
     open_random(&chain, model, true, &plain);
+    float *sum = calloc(chain.shared_floats + 1, sizeof(*sum));
+    chain_require(sum != NULL, "memory");
     chain_run(&chain, B, T, idx, NULL, 1, NULL);
     for (int k = 0; k < chain.n_stages; k++) {
-        poe_stage *stage = chain.stages[k];
-        size_t n_own = own_gradient_floats(stage), n_shared = poe_stage_shared_table(stage)->floats;
-        float *own = malloc(n_own * sizeof(*own)), *common = malloc(n_shared * sizeof(*common));
-        chain_require(own && common, "memory");
+        check_own_gradients(&chain, k);
+        chain_clear(&chain);
         loss_of(&chain, k);
-        memcpy(own, poe_stage_own_gradients(stage), n_own * sizeof(*own));
-        memcpy(common, poe_stage_shared_gradients(stage), n_shared * sizeof(*common));
-        check_table_gradients(&chain, k, false, own, common);
-        check_table_gradients(&chain, k, true, own, common);
-        free(own);
-        free(common);
+        chain_sum_shared(&chain, sum);
+        if (k == 0 || !chain_flows_back(&chain))
+            check_shared_gradients(&chain, k, sum);
     }
+    free(sum);
     chain_close(&chain);
 }
 
@@ -244,6 +149,17 @@ static void check_finite_differences(void)
     config.backout = true;
     model = small_model(&config);
     check_gradients(&model);
+    config = small_config(3, (int[]){1, 2, 1});
+    config.objective = POE_OBJECTIVE_BP;
+    config.backout = true;
+    model = small_model(&config);
+    check_gradients(&model);
+    config.objective = POE_OBJECTIVE_HIERARCHICAL;
+    model = small_model(&config);
+    check_gradients(&model);
+    config.head = POE_HEAD_PER_STAGE;
+    model = small_model(&config);
+    check_gradients(&model);
     config = small_config(1, (int[]){1}); /* backout subtracts the last layer's own output */
     config.objective = POE_OBJECTIVE_BP;
     config.backout = true;
@@ -252,16 +168,6 @@ static void check_finite_differences(void)
 }
 
 /* --- backends --------------------------------------------------------------------------------------------------- */
-
-static double relative_distance(const float *a, const float *b, size_t n)
-{
-    double off = 0, norm = 0;
-    for (size_t i = 0; i < n; i++) {
-        off += ((double)a[i] - b[i]) * ((double)a[i] - b[i]);
-        norm += (double)b[i] * b[i];
-    }
-    return norm > 0 ? sqrt(off / norm) : sqrt(off);
-}
 
 static void check_close(const poe_tensor_table *table, const float *a, const float *b, size_t floats)
 {
@@ -310,6 +216,14 @@ static void check_backends(void)
     poe_model_config config = small_config(3, (int[]){2, 1, 1});
     config.head = POE_HEAD_PER_STAGE;
     poe_model model = small_model(&config);
+    check_step_on_backends(&model);
+    config.objective = POE_OBJECTIVE_HIERARCHICAL;
+    model = small_model(&config);
+    check_step_on_backends(&model);
+    config.head = POE_HEAD_SHARED;
+    config.objective = POE_OBJECTIVE_BP;
+    config.backout = true;
+    model = small_model(&config);
     check_step_on_backends(&model);
     config = small_config(1, (int[]){3});
     config.objective = POE_OBJECTIVE_BP;
@@ -365,12 +279,11 @@ static void check_single_stage_is_bp(const chain_backend *kind)
     chain_run(&a, B, T, idx, targets, 1, &loss_a);
     chain_run(&b, B, T, idx, targets, 1, &loss_b);
     CHECK(loss_a == loss_b);
-    CHECK(same_gradients(a.stages[0], b.stages[0]));
+    check_same_tensors(&a, &b);
     chain_update_own(&a, &some_rates);
     chain_update_own(&b, &some_rates);
     chain_update_shared(&a, &some_rates, poe_stage_shared_gradients(a.stages[0]));
-    chain_update_shared(&b, &some_rates, poe_stage_shared_gradients(b.stages[0]));
-    CHECK(same_values(a.stages[0], b.stages[0]));
+    check_same_tensors(&a, &b);
     chain_close(&a);
     chain_close(&b);
 }
@@ -464,7 +377,7 @@ static void check_evaluation(const chain_backend *kind, bool bp)
     poe_stage_logits(train.stages[last], 0, B * T, a);
     poe_stage_logits(eval.stages[last], 0, B * T, b);
     CHECK(same_floats(a, b, B * T * V));
-    CHECK(same_floats(train.h[last], eval.h[last], B * T * C));
+    CHECK(same_floats(train.out[last][0].h, eval.out[last][0].h, B * T * C));
     for (int r = 0; r < B * T; r++) {
         double total = 0;
         for (int j = 0; j < V; j++)
@@ -506,7 +419,7 @@ static void check_recompute_of(const poe_model *model, const chain_backend *kind
             poe_stage_logits(b, 0, 7, z[1]);
             CHECK(losses[r][k] == losses[0][k]);
             CHECK(same_gradients(a, b));
-            CHECK(same_floats(chains[r].h[k], chains[0].h[k], B * T * C));
+            CHECK(same_floats(chains[r].out[k][0].h, chains[0].out[k][0].h, B * T * C));
             CHECK(same_floats(z[0], z[1], 7 * V));
         }
     }
@@ -540,6 +453,72 @@ static void check_recompute(const chain_backend *kind)
         model = small_model(&config);
         check_recompute_of(&model, kind);
     }
+}
+
+/* --- parts of the shared tensors -------------------------------------------------------------------------------- */
+typedef struct head_copy {
+    poe_stage *stage;
+    float *gradient;
+    size_t floats;
+    int calls;
+} head_copy;
+
+static void copy_head(void *arg)
+{
+    head_copy *copy = arg;
+    poe_shared_extent head = poe_stage_shared_extent(poe_stage_shared_table(copy->stage), POE_SHARED_HEAD);
+    copy->floats = head.floats;
+    memcpy(copy->gradient, poe_stage_shared_gradients(copy->stage) + head.offset, head.floats * sizeof(float));
+    copy->calls++;
+}
+
+static void update_in_parts(poe_stage *stage, const float *sum)
+{
+    static const poe_shared_part order[] = {POE_SHARED_SMEAR, POE_SHARED_HEAD, POE_SHARED_WTE};
+    ++*poe_stage_shared_updates(stage);
+    for (int i = 0; i < 3; i++)
+        poe_stage_update_shared_part(stage, order[i], &some_rates,
+                                     sum + poe_stage_shared_extent(poe_stage_shared_table(stage), order[i]).offset);
+}
+
+/* The head's gradient is final when it is said to be, and three updates of parts are the one of the whole. */
+static void check_parts(const chain_backend *kind)
+{
+    poe_model_config config = small_config(1, (int[]){2});
+    poe_model model = small_model(&config);
+    stage_chain whole, parts;
+    open_random(&whole, &model, true, kind);
+    open_random(&parts, &model, true, kind);
+    poe_stage *stage = parts.stages[0];
+    float *gradients = poe_stage_shared_gradients(stage);
+    head_copy copy = {.stage = stage, .gradient = malloc(model.vocab_padded * C * sizeof(float))};
+    poe_stage_on_head_gradient(stage, copy_head, &copy);
+    for (int step = 0; step < 2; step++) {
+        double loss = 0;
+        chain_run(&whole, B, T, idx, targets, 1, &loss);
+        chain_run(&parts, B, T, idx, targets, 1, &loss);
+        CHECK_INT(copy.calls, step + 1);
+        CHECK_INT(copy.floats, model.vocab_padded * C);
+        size_t head = poe_stage_shared_extent(poe_stage_shared_table(stage), POE_SHARED_HEAD).offset;
+        CHECK(same_floats(copy.gradient, gradients + head, copy.floats));
+        chain_update_shared(&whole, &some_rates, poe_stage_shared_gradients(whole.stages[0]));
+        update_in_parts(stage, gradients);
+        CHECK(same_floats(poe_stage_shared_values(stage), poe_stage_shared_values(whole.stages[0]),
+                          poe_stage_shared_table(stage)->floats));
+        CHECK_INT(*poe_stage_shared_updates(stage), step + 1);
+        poe_stage_clear_shared_gradients(whole.stages[0]);
+        for (poe_shared_part p = 0; p < POE_SHARED_PARTS; p++)
+            poe_stage_clear_shared_part(stage, p);
+    }
+    for (poe_shared_part p = 0; p < POE_SHARED_PARTS; p++) {
+        poe_shared_extent part = poe_stage_shared_extent(poe_stage_shared_table(stage), p);
+        gradients[part.offset + part.floats - 1] = NAN;
+        for (poe_shared_part q = 0; q < POE_SHARED_PARTS; q++)
+            CHECK_INT(poe_stage_shared_part_finite(stage, q), q > p);
+    }
+    free(copy.gradient);
+    chain_close(&whole);
+    chain_close(&parts);
 }
 
 static void check_not_finite(const chain_backend *kind)
@@ -656,7 +635,23 @@ static void check_memory(void)
     counting_ops.memory_allocate = counting_allocate;
     counting_ops.memory_free = counting_free;
     check_memory_of(&model, &settings);
-    settings.training = false;
+    settings.slots = 3;
+    settings.split = true;
+    check_memory_of(&model, &settings);
+    for (int r = POE_RECOMPUTE_NORMS; r < POE_RECOMPUTE_COUNT; r++) {
+        poe_stage_memory size;
+        settings.recompute = (poe_recompute)r;
+        poe_log_hold();
+        CHECK_INT(poe_stage_size(&model, &settings, &size), POE_BAD_INPUT);
+        poe_log_settle(false);
+        settings.split = false;
+        check_memory_of(&model, &settings);
+        settings.split = true;
+    }
+    settings = (poe_stage_settings){.stage = 1, .rows = B, .slots = 1};
+    check_memory_of(&model, &settings);
+    model.config.objective = POE_OBJECTIVE_HIERARCHICAL;
+    settings.training = true;
     check_memory_of(&model, &settings);
     poe_plain_destroy(counted_backend);
 }
@@ -680,6 +675,7 @@ int main(int argc, char **argv)
         check_evaluation(kind, true);
         check_recompute(kind);
         check_not_finite(kind);
+        check_parts(kind);
         check_states(kind);
     }
     check_memory();

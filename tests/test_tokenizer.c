@@ -416,7 +416,7 @@ static size_t mutate_mildly(poe_rng *rng, const char *data, size_t size, char *o
     memcpy(out, data, size);
     for (int edits = 0; edits < 2;) {
         size_t at = poe_rng_next(rng) % size;
-        if (strchr("\"{}[]:,\\ \n", out[at]) || out[at] < 0)
+        if (strchr("\"{}[]:,\\ \n", out[at]) || (unsigned char)out[at] >= 0x80)
             continue;
         out[at] =
             (char)(out[at] >= '0' && out[at] <= '9' ? '0' + poe_rng_next(rng) % 10 : 'a' + poe_rng_next(rng) % 26);

@@ -2,6 +2,7 @@
  * poe-pipe: reads the flags and hands over to what they ask for. */
 #include <signal.h>
 #include <stdio.h>
+#include <string.h>
 #include <sys/prctl.h>
 
 #include "comm/mpi/mpi.h"
@@ -27,6 +28,8 @@ static int run_command(poe_command command, char **argv, const poe_options *opti
         return poe_program_inspect(options);
     case POE_COMMAND_EXPORT:
         return poe_program_export(argv, options);
+    case POE_COMMAND_PLAN:
+        return poe_program_plan(argv, options);
     default:
         return poe_program_data(options);
     }
@@ -51,7 +54,8 @@ static int run(int argc, char **argv, poe_command command, poe_options *options,
         return poe_exit_status(parsed);
     if (!train)
         return run_command(command, argv, options);
-    if (options->ranks > 0 && !options->dry_run)
+    bool threads = strcmp(options->transport, "inproc") == 0;
+    if (options->ranks > 0 && !options->dry_run && !threads)
         return launch(argc, argv, options);
     return poe_train_main(argc, argv, options, parsed);
 }

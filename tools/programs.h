@@ -10,5 +10,6 @@ int poe_program_generate(char **argv, const poe_options *options);
 int poe_program_export(char **argv, const poe_options *options);
 int poe_program_inspect(const poe_options *options);
 int poe_program_data(const poe_options *options);
+int poe_program_plan(char **argv, const poe_options *options);
 
 #endif

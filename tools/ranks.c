@@ -114,10 +114,11 @@ int poe_ranks_threads(int size, const poe_options *options, poe_rank_body body)
 static poe_status check_size(const poe_options *options, int size)
 {
     if (strcmp(options->transport, "inproc") == 0) {
-        poe_error("--transport inproc runs all stages in one process, but %d ranks were started; start one, or give mpi",
-                  size);
+        poe_error("--transport inproc runs all ranks in one process, but %d were started; start one, or give mpi", size);
         return POE_BAD_INPUT;
     }
+    if (strcmp(options->schedule, "ddp") == 0)
+        return poe_options_check_ranks(options, size);
     if (size == options->stages.count)
         return POE_OK;
     poe_error("--stages has %d stages, but %d ranks were started; start one rank per stage (mpiexec -n %d), or one for all",
@@ -196,7 +197,7 @@ int poe_ranks_mpi(const poe_options *options, poe_status parse_status, poe_rank_
     if (job.size == 1) {
         poe_control_stop();
         poe_log_settle(true);
-        int exit_status = parse_status == POE_OK ? poe_ranks_threads(options->stages.count, options, body)
+        int exit_status = parse_status == POE_OK ? poe_ranks_threads(poe_options_rank_count(options), options, body)
                                                  : poe_exit_status(parse_status);
         poe_mpi_finish();
         return exit_status;

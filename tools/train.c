@@ -23,21 +23,29 @@ enum { SAMPLE_TOKENS = 120 };
 /* --- before the first step ------------------------------------------------------------------------------------------------- */
 
 /* What differs from the run that goes on, and what that changes. */
-static poe_status describe_changes(const poe_run *r)
+static void describe_changes(const poe_run *r)
 {
     const poe_options *o = r->options;
     json_int_t before = json_integer_value(json_object_get(json_object_get(r->facts, "config"), "num_iterations"));
     const char *kernels = json_string_value(json_object_get(r->facts, "kernels"));
-    const char *feed = json_string_value(json_object_get(r->facts, "feed_hash"));
-    char hash[32];
-    snprintf(hash, sizeof(hash), "%016llx", (unsigned long long)r->corpus.train_hash);
     printf("resuming %s at step %lld\n", r->resumed, (long long)r->first_step);
     if (before != o->num_iterations)
         printf("--num-iterations %d instead of %lld: learning rates, momentum and weight decay follow the new length from "
                "here on\n", o->num_iterations, (long long)before);
-    if (kernels && strcmp(kernels, poe_kernels_name(r->kernels)) != 0)
-        printf("kernels %s instead of %s: the numbers go on within rounding, not bit for bit (--kernels %s forces the old "
-               "ones)\n", poe_kernels_name(r->kernels), kernels, kernels);
+    if (kernels && strcmp(kernels, r->arithmetic) != 0)
+        printf("kernels %s instead of %s: the numbers go on within rounding, not bit for bit (see --kernels)\n",
+               r->arithmetic, kernels);
+}
+
+/* Who reads the data goes on where the run has stopped. */
+static poe_status seek_data(const poe_run *r)
+{
+    const poe_options *o = r->options;
+    const char *feed = json_string_value(json_object_get(r->facts, "feed_hash"));
+    char hash[32];
+    snprintf(hash, sizeof(hash), "%016llx", (unsigned long long)r->corpus.train_hash);
+    if (!r->corpus.reads)
+        return POE_OK;
     if (feed && strcmp(feed, hash) == 0)
         return poe_feed_seek(r->corpus.train, json_object_get(r->facts, "feed"));
     if (!poe_options_given(o, "data")) {
@@ -45,7 +53,8 @@ static poe_status describe_changes(const poe_run *r)
                   "--data", r->resumed, o->data.paths[0]);
         return POE_BAD_INPUT;
     }
-    printf("new data: reading starts at its beginning\n");
+    if (r->rank == 0)
+        printf("new data: reading starts at its beginning\n");
     return POE_OK;
 }
 
@@ -82,9 +91,7 @@ static poe_status write_tokenizer(const poe_run *r)
 static poe_status open_metrics(poe_run *r)
 {
     static const char name[] = "metrics.jsonl";
-    char *path = malloc(POE_PATH_MAX), previous[POE_PATH_MAX];
-    if (!path)
-        return POE_FAILED;
+    char path[POE_PATH_MAX], previous[POE_PATH_MAX];
     bool evaluated_again = r->corpus.n_eval && r->first_step == r->options->num_iterations;
     poe_status status = poe_path(path, "%s/%s", r->out, name);
     if (status == POE_OK)
@@ -100,8 +107,9 @@ static poe_status open_metrics(poe_run *r)
 /* The run's folder: configuration and tokenizer (on every host), metrics (at the last rank), checkpoints. */
 static poe_status prepare_folder(poe_run *r)
 {
-    poe_status status = r->rank == 0 && r->resumed[0] ? describe_changes(r) : POE_OK;
-    status = poe_comm_agree(r->comm, status);
+    if (r->rank == 0 && r->resumed[0])
+        describe_changes(r);
+    poe_status status = poe_comm_agree(r->comm, r->resumed[0] ? seek_data(r) : POE_OK);
     if (status != POE_OK)
         return status;
     status = poe_checkpoint_store_open(r->comm, r->out, r->options->keep, &r->store);
@@ -120,7 +128,8 @@ static poe_status prepare_folder(poe_run *r)
 
 static poe_status show_sample(poe_run *r)
 {
-    poe_sampling sampling = {.last = r->size - 1,
+    poe_sampling sampling = {.first = poe_run_first_head(r),
+                             .last = r->n_stages - 1,
                              .max_tokens = SAMPLE_TOKENS,
                              .temperature = 0.8,
                              .top_k = 50,
@@ -155,10 +164,19 @@ static poe_status export_model(poe_run *r)
     return status;
 }
 
+/* What of the run is; NULL: nothing. */
+static const char *emulated(const poe_run *r)
+{
+    bool compute = r->options->emulate_compute, network = poe_comm_emulated(r->comm);
+    return compute && network ? "compute, network" : compute ? "compute" : network ? "network" : NULL;
+}
+
 static poe_status report(poe_run *r, const poe_training *t, bool interrupted)
 {
     fflush(stdout);
     poe_status status = poe_comm_barrier(r->comm, "the end of training");
+    if (status == POE_OK && r->trace)
+        status = poe_trace_write(r->trace, emulated(r), r->options->trace);
     if (status == POE_OK && r->rank == 0 && t->evaluated && !interrupted)
         poe_report_evaluation(r->options, &t->evaluation, r->corpus.has_tokenizer);
     bool learnt = !interrupted && !r->options->emulate_compute;
@@ -189,6 +207,10 @@ static poe_status train_run(poe_run *r)
     if (status == POE_OK)
         status = poe_comm_barrier(r->comm, "the start");
     poe_log_settle(true);
+    if (status != POE_OK)
+        return status;
+    if (r->options->trace)
+        status = poe_trace_create(r->comm, r->id, poe_clock_machine(), POE_TRACE_EVENTS, &r->trace);
     if (status != POE_OK)
         return status;
     poe_training training;
@@ -254,7 +276,7 @@ static poe_status dry_run(const poe_options *o)
     poe_model *model = malloc(sizeof(*model));
     poe_status status = model ? poe_settings_model(o, vocab ? vocab : POE_OPTION_VOCAB, model) : POE_FAILED;
     if (status == POE_OK)
-        status = poe_report_start(o, model, poe_run_threads(o, o->ranks ? o->ranks : o->stages.count), NULL);
+        status = poe_report_start(o, model, poe_run_threads(o, poe_options_rank_count(o)), NULL);
     free(model);
     return status;
 }
@@ -298,5 +320,5 @@ int poe_train_main(int argc, char **argv, poe_options *options, poe_status parse
     if (launched)
         return poe_ranks_mpi(options, status, body);
     poe_log_settle(true);
-    return status == POE_OK ? poe_ranks_threads(options->stages.count, options, body) : poe_exit_status(status);
+    return status == POE_OK ? poe_ranks_threads(poe_options_rank_count(options), options, body) : poe_exit_status(status);
 }

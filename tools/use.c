@@ -73,7 +73,7 @@ static poe_status encode_prompt(const poe_run *run, int32_t **tokens, int32_t *n
 static poe_status generate_text(poe_run *run)
 {
     const poe_options *o = run->options;
-    poe_sampling sampling = {.first = o->stage >= 0 ? o->stage : 0,
+    poe_sampling sampling = {.first = o->stage >= 0 ? o->stage : poe_run_first_head(run),
                              .last = last_stage(o),
                              .max_tokens = o->max_tokens,
                              .temperature = o->temperature,
@@ -133,6 +133,11 @@ static poe_status export_rank(poe_comm *comm, const poe_options *options)
 static poe_status check_view(const poe_options *o)
 {
     int asked = o->stage >= 0 ? o->stage : o->prefix;
+    if (asked >= 0 && strcmp(o->objective, "bp") == 0) {
+        poe_error("--%s %d: the model was trained with --objective bp, so it is the whole that predicts; generate without "
+                  "--stage and --prefix", o->stage >= 0 ? "stage" : "prefix", asked);
+        return POE_BAD_INPUT;
+    }
     if (asked < o->stages.count)
         return POE_OK;
     poe_error("--%s %d: the checkpoint has stages 0..%d", o->stage >= 0 ? "stage" : "prefix", asked, o->stages.count - 1);

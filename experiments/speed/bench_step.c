@@ -34,6 +34,7 @@ typedef struct settings {
     poe_model_config model;
     int batch, micro, reps, threads;
     int stage; /* -1: all */
+    bool bf16; /* operands of the products */
     bool profile;
 } settings;
 
@@ -104,7 +105,7 @@ static bool parse_choice(const char *flag, const char *text, const char *yes, co
     return !strcmp(text, yes);
 }
 
-enum { STAGES = 256, HEAD, OBJECTIVE, WINDOW, PROFILE };
+enum { STAGES = 256, HEAD, OBJECTIVE, WINDOW, DTYPE, PROFILE };
 
 static const struct option flags[] = {
     {"n-embd", 1, NULL, 0}, /* 0 to 10: see `numbers` */
@@ -122,6 +123,7 @@ static const struct option flags[] = {
     {"head", 1, NULL, HEAD},
     {"objective", 1, NULL, OBJECTIVE},
     {"window-pattern", 1, NULL, WINDOW},
+    {"dtype", 1, NULL, DTYPE},
     {"profile", 0, NULL, PROFILE},
     {NULL, 0, NULL, 0},
 };
@@ -145,6 +147,8 @@ static void parse(int argc, char **argv, settings *s)
             m->objective = parse_choice("objective", optarg, "bp", "poe") ? POE_OBJECTIVE_BP : POE_OBJECTIVE_POE;
         else if (flag == WINDOW)
             snprintf(m->window_pattern, sizeof(m->window_pattern), "%s", optarg);
+        else if (flag == DTYPE)
+            s->bf16 = parse_choice("dtype", optarg, "bf16", "fp32");
         else
             s->profile = true;
     }
@@ -174,6 +178,7 @@ static void open_stages(bench *b, poe_backend_limits *limits)
     for (int k = b->first; k < b->end; k++) {
         poe_stage_settings stage = {.stage = k, .rows = (size_t)b->s->batch, .slots = 1, .training = true};
         poe_stage_limits(&b->model, &stage, limits);
+        limits->bf16 = b->s->bf16;
         if (k == b->first)
             check(poe_cpu_create(poe_kernels_best(), b->s->threads, limits, &b->backend));
         check(poe_stage_create(&b->model, &stage, b->backend, &b->stages[k]));
@@ -350,8 +355,9 @@ static void print_result(const bench *b)
     getrusage(RUSAGE_SELF, &usage);
     double tokens = (double)s->batch * s->model.sequence_len * s->micro, sgemm = sgemm_gflops(b);
     double gflops = flops_per_token(&b->model) * tokens / b->work / 1e9;
-    json_t *result = checked(json_pack("{si ss ss sf sf sf sf sf sf sf}", "threads", s->threads, "kernels",
-                                       poe_kernels_name(poe_kernels_best()), "blas", poe_blas_kernels(), "tok_s",
+    json_t *result = checked(json_pack("{si ss so sf sf sf sf sf sf sf}", "threads", s->threads, "kernels",
+                                       poe_kernels_name(poe_kernels_best()), "blas",
+                                       json_sprintf("%s (%s)", poe_blas_library(), poe_blas_kernels()), "tok_s",
                                        tokens / (b->work + b->update), "tok_s_forward_backward", tokens / b->work,
                                        "optimizer_ms", b->update * 1e3, "model_gflops", gflops, "sgemm_gflops", sgemm,
                                        "share_of_sgemm", gflops / sgemm, "peak_mib", (double)usage.ru_maxrss / 1024));

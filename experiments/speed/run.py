@@ -124,6 +124,19 @@ def measure_ranks(args, config):
     return [run_engine(args, alone, max(args.threads), "--stage", k)["peak_mib"] for k in range(n_stages)]
 
 
+def measure_bf16(args):
+    """Our own step in bf16 beside fp32, in turns, or why not: without AMX rounding only costs time."""
+    if "amx_bf16" not in machine()["flags"]:
+        return "not measured: this processor has no AMX, and products of bf16 operands are computed in fp32"
+    config, threads = args.configurations[0], max(args.threads)
+    runs = {dtype: [] for dtype in ("fp32", "bf16")}
+    for _ in range(args.rounds):
+        for dtype in runs:
+            runs[dtype].append(run_engine(args, config, threads, "--dtype", dtype))
+    fp32, bf16 = (best(runs[dtype])["tok_s"] for dtype in ("fp32", "bf16"))
+    return f"{config['title']}, {threads} threads: {bf16:.0f} against {fp32:.0f} tokens/s, {ratio(bf16, fp32, 1.5)}"
+
+
 def machine():
     text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     fields = dict(line.split(":", 1) for line in text.split("\n\n")[0].splitlines() if ":" in line)
@@ -251,12 +264,13 @@ def markdown(result):
     text = [
         "# Speed of a training step\n",
         f"{here['cpu']}, {here['processors']} processors ({' '.join(here['flags'])}); kernels {ours['kernels']}, "
-        f"OpenBLAS {ours['blas']}; load {result['load']} (start, now; it includes this run).",
+        f"products by {ours['blas']}; load {result['load']} (start, now; it includes this run).",
         f"PyTorch: {result['torch']}. Best of {result['rounds']} rounds of {result['reps']} steps each, in turns. "
         "sgemm is the rate of a 1024^3 product, PyTorch's where it ran.\n", goal_table(rows),
         "## Threads\n", scaling_table(rows),
+        "## bf16\n", f"bf16 on AMX beside our own fp32 (goal): {result['bf16']}.\n",
         "## Optimiser\n",
-        "Muon by the FLOPs of its iteration with symmetric products counted half, AdamW by 28 bytes per parameter; "
+        "Muon by the FLOPs that its iteration needs, symmetric products counted half, AdamW by 28 bytes per parameter; "
         "triad is y += x on arrays of 128 MiB.\n", optimizer_table(rows),
         "## Memory\n",
         "Most resident memory of a process, by the kernel's count. Largest rank: a process that trains this one stage "
@@ -389,7 +403,7 @@ def main():
     print(f"PyTorch: {torch}", file=sys.stderr)
     start = os.getloadavg()[0]
     result = dict(machine=machine(), torch=torch, torch_import_mib=torch_import, rounds=args.rounds, reps=args.reps,
-                  rows=[], ranks={})
+                  rows=[], ranks={}, bf16=measure_bf16(args))
     for config in args.configurations:
         for threads in args.threads:
             row = measure(args, config, threads)

@@ -203,7 +203,7 @@ static double bench_sum(poe_comm *comm)
     CHECK_INT(poe_reduce_open(comm, &settings, &reduce), POE_OK);
     for (int i = 0; i < 3; i++) {
         double start = poe_now();
-        CHECK_INT(poe_reduce_begin(reduce, i, values), POE_OK);
+        CHECK_INT(poe_reduce_begin(reduce, i, values, values), POE_OK);
         CHECK_INT(poe_reduce_end(reduce, i), POE_OK);
         times[i] = poe_now() - start;
     }

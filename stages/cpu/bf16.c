@@ -1,7 +1,6 @@
 /* SPDX-License-Identifier: MIT
  * Blocks of bf16 products: which engine this processor has, and the one that runs anywhere. The dot products of
  * AVX512_BF16 are left out: they are slower than fp32. */
-#include <cblas.h>
 #include <stdint.h>
 #include <stdlib.h>
 
@@ -26,9 +25,12 @@ void poe_block_in_fp32(const poe_product *p, void *scratch)
     float *a = scratch, *b = a + p->m * p->k;
     round_rows(a, p->a, p->lda, p->transpose_a ? p->k : p->m, a_columns);
     round_rows(b, p->b, p->ldb, p->transpose_b ? p->n : p->k, b_columns);
-    cblas_sgemm(CblasRowMajor, p->transpose_a ? CblasTrans : CblasNoTrans, p->transpose_b ? CblasTrans : CblasNoTrans,
-                (blasint)p->m, (blasint)p->n, (blasint)p->k, p->alpha, a, (blasint)a_columns, b, (blasint)b_columns,
-                p->beta, p->c, (blasint)p->ldc);
+    poe_product rounded = *p;
+    rounded.a = a;
+    rounded.lda = a_columns;
+    rounded.b = b;
+    rounded.ldb = b_columns;
+    poe_sgemm(&rounded);
 }
 
 /* --- the choice -------------------------------------------------------------------------------------------------- */

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT
- * The CPU backend: fp32, matrix products by OpenBLAS on fixed tiles dealt to a team of threads, everything else in
+ * The CPU backend: fp32, matrix products by oneDNN or OpenBLAS on fixed tiles dealt to a team of threads, everything else in
  * vectorised C compiled once per instruction set and chosen at run time. */
 #ifndef POE_STAGES_CPU_CPU_H
 #define POE_STAGES_CPU_CPU_H
@@ -15,11 +15,14 @@ poe_kernels poe_kernels_best(void);
 /* `text`: "auto", "" or a name. POE_BAD_INPUT (said): unknown, or this processor cannot run it. */
 poe_status poe_kernels_parse(const char *text, poe_kernels *kernels);
 
-/* OpenBLAS reads OPENBLAS_CORETYPE before main(), and Debian's build does not know newer processors. To be called
- * first thing in main(): if OpenBLAS does not run the kernels that belong to `kernels`, or would start threads of its
- * own, sets the variables and executes this program again, once. Returns when nothing has to change. */
+/* To be called first thing in main(): chooses the library of matrix products for `kernels`, oneDNN where the build and
+ * the processor (AVX2) allow it. Otherwise OpenBLAS, which reads OPENBLAS_CORETYPE before main() and does not know newer
+ * processors in Debian's build: unless it runs the kernels that belong to `kernels` and starts no threads of its own, sets
+ * the variables and executes this program again, once. Returns when nothing has to change. */
 void poe_blas_ensure(poe_kernels kernels, char **argv);
-/* Name of the kernels that OpenBLAS runs ("SkylakeX"), and a known-answer product: POE_FAILED (said) when it is wrong. */
+/* "oneDNN" or "OpenBLAS", the name of the kernels that it runs ("AVX-512", "SkylakeX"), and a known-answer product:
+ * POE_FAILED (said) when it is wrong. */
+const char *poe_blas_library(void);
 const char *poe_blas_kernels(void);
 poe_status poe_blas_check(void);
 

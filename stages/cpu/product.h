@@ -20,6 +20,9 @@ typedef struct poe_product {
     size_t ldc;
 } poe_product;
 
+/* Computes it on the calling thread, by the library that poe_blas_ensure() chose. With beta 0, C is not read. */
+void poe_sgemm(const poe_product *product);
+
 enum {
     POE_BLOCK_SIDE = 512,
     POE_BLOCK_SCRATCH = 2 * POE_BLOCK_SIDE * POE_BLOCK_SIDE * (int)sizeof(float), /* bytes: both operands */
@@ -29,7 +32,7 @@ enum {
  * `scratch` is POE_BLOCK_SCRATCH bytes on a multiple of 64. With beta 0, C is not read. */
 typedef void poe_block_product(const poe_product *block, void *scratch);
 
-poe_block_product poe_block_in_fp32;      /* anywhere: OpenBLAS on floats that are bf16 numbers */
+poe_block_product poe_block_in_fp32;      /* anywhere: poe_sgemm() on floats that are bf16 numbers */
 poe_block_product poe_block_on_tiles;     /* AMX: where the processor and the operating system have it */
 poe_block_product poe_block_by_emulation; /* of AMX, in plain C: for tests */
 

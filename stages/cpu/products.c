@@ -1,10 +1,8 @@
 /* SPDX-License-Identifier: MIT
- * Matrix products: OpenBLAS, called by each thread for tiles of the result that depend on its size alone. */
-#include <cblas.h>
-
+ * Matrix products: a library's, called by each thread for tiles of the result that depend on its size alone. */
 #include "stages/cpu/internal.h"
 
-/* Tiles of a result: large, for OpenBLAS copies both operands of each into its own layout, but so many that several
+/* Tiles of a result: large, for the library copies both operands of each into its own layout, but so many that several
  * threads share even a small product. */
 enum { LARGEST_SIDE = 512, SMALLEST_SIDE = 128, ENOUGH_TILES = 8 };
 
@@ -46,9 +44,7 @@ void poe_product_tile(poe_cpu *cpu, int thread, const poe_product *p, size_t fir
     if (cpu->block)
         by_blocks(&tile, cpu->block, cpu->block_scratch + (size_t)thread * POE_BLOCK_SCRATCH);
     else
-        cblas_sgemm(CblasRowMajor, p->transpose_a ? CblasTrans : CblasNoTrans,
-                    p->transpose_b ? CblasTrans : CblasNoTrans, (blasint)rows, (blasint)columns, (blasint)p->k,
-                    p->alpha, tile.a, (blasint)p->lda, tile.b, (blasint)p->ldb, p->beta, tile.c, (blasint)p->ldc);
+        poe_sgemm(&tile);
 }
 
 size_t poe_tile_side(size_t n, size_t most)

@@ -317,7 +317,7 @@ static void rotary(const void *args, size_t span, size_t first, size_t last)
     }
 }
 
-/* One head of one row; dx may be dy. With n = y / 1.2: dr = rinv * (1.2 dy - n * mean(1.2 dy * n)), turned back. */
+/* One head of one row; dx may be dy or y. With n = y / 1.2: dr = rinv * (1.2 dy - n * mean(1.2 dy * n)), turned back. */
 static void rotary_head_backward(float *dx, const float *dy, const float *y, float rinv, const float *cosine,
                                  const float *sine, size_t hs)
 {

@@ -52,8 +52,7 @@ def sizes(folder):
                            ({'n_head': 4, 'n_kv_head': 3}, ('--n-kv-head', '3')),
                            ({'total_batch_size': 100}, ('--total-batch-size', '100', '64', '128')),
                            ({'window_pattern': 'SXL'}, ('--window-pattern', 'SXL')),
-                           ({'objective': 'bp'}, ('--objective', 'bp')),
-                           ({'objective': 'hierarchical'}, ('--objective', 'hierarchical')),
+                           ({'objective': 'local'}, ('--objective', 'local', 'hierarchical')),
                            ({'n_embd': 30, 'n_head': 2}, ('head',)),
                            ({'vocab_size': 10}, ('tokens.bin', '10'))):
         refuse(tiny(folder, **changes), *words, launches=(poe.THREADS, poe.RANKS))
@@ -69,6 +68,9 @@ def flag_values(folder):
                            ({'sync': 'stale:0'}, ('--sync', 'stale:0', 'every:N')),
                            ({'sync': 'often'}, ('--sync', 'often')),
                            ({'head': 'px'}, ('--head', 'px', 'sh', 'ps')),
+                           ({'wire': 'fp4'}, ('--wire', 'fp4', 'bf16', 'int8')),
+                           ({'wire_shared': 'fp8'}, ('--wire-shared', 'fp8', 'bf16')),
+                           ({'objective': 'bp', 'wire_shared': 'bf16'}, ('--wire-shared bf16', '--objective bp')),
                            ({'kernels': 'sse'}, ('--kernels', 'sse', 'avx2')),
                            ({'seed': '99999999999999999999'}, ('--seed',)),
                            ({'deadline': '0'}, ('--deadline', '0.1'))):
@@ -290,5 +292,19 @@ def commands(folder):
     poe.check(not os.path.exists(f'{folder}/x'), 'data left a folder')
 
 
-poe.main(stages, ranks_and_stages, sizes, flag_values, networks, fabrics, files, unreadable, shards, texts, configurations, weights, folders,
-         no_export, full_disk, not_a_number, late_infinity, other_configuration, commands)
+def plans(folder):
+    times = ['--emulate-compute', 'forward=20ms,backward=40ms']
+    for args, words in ((['--stages', '2,2', '--ranks', 5], ('--ranks', '5', '4')),
+                        (['--stages', '2,2', '--ranks', 3] + times, ('--ranks', '3', '2')),
+                        (['--stages', '2,2', '--emulate-compute', 'forward=20'], ('--emulate-compute', 'forward=20')),
+                        (['--stages', '2,2', '--net', '0-7:rtt=80ms'] + times, ('--net', '7')),
+                        (['--stages', '2,2', '--schedule', 'zb-h1'], ('--schedule', 'zb-h1')),
+                        (['--stages', '2,2', '--sync', 'late'], ('--sync', 'late')),
+                        (['--jsn'], ('--json',))):
+        refuse(['plan'] + args, *words, launches=(poe.THREADS,))
+    refuse(['--json'], '--json', launches=(poe.THREADS,))
+    poe.check(not os.listdir(folder), os.listdir(folder))
+
+
+poe.main(stages, ranks_and_stages, sizes, flag_values, networks, fabrics, files, unreadable, shards, texts, configurations, weights,
+         folders, no_export, full_disk, not_a_number, late_infinity, other_configuration, commands, plans)

@@ -162,12 +162,57 @@ def metrics(folder):
     poe.check_equal([e['step'] for e in lines if 'bpb' in e], [3, 6], 'evaluations')
 
 
+EQUAL = ['--stages', '2,2,2,2', '--device-batch-size', 1, '--sequence-len', 32, '--n-embd', 32, '--total-batch-size', 128,
+         '--emulate-compute', 'forward=20ms,backward=40ms']
+
+
+def planned(args):
+    return json.loads(poe.succeed(['plan', '--json'] + args).out)
+
+
+def plan_of_given_times(folder):
+    """Nothing is measured: the answers are those of the formulas."""
+    plan = planned(EQUAL)
+    step = {c['name']: c for c in plan['cases']}
+    poe.check_near(step['asked']['step'], 0.30, 1e-9, 'M t + (P-1) f')
+    poe.check_near(step['asked']['formula'], 0.30, 1e-9, 'formula')
+    poe.check_near(step['streaming']['step'], 0.24, 1e-9, 'M t')
+    poe.check_near(step['1f1b']['step'], 0.42, 1e-9, '(M + P - 1) t')
+    poe.check_near(step['asked']['idle'], 3 / 15, 1e-9, 'idle')
+    poe.check_equal((plan['smallest_delay'], len(plan['ranks']), len(plan['links'])), (1, 4, 3), 'plan')
+    far = planned(EQUAL + ['--net', '*:rtt=100ms,bw=800Mbit'])
+    poe.check_near(far['links'][0]['down_latency'], 0.05, 1e-9, 'one way')
+    poe.check_near(far['links'][0]['up_bandwidth'], 1e8, 1e-9, 'bytes per second')
+    poe.check(far['cases'][0]['step'] > 0.6 and far['smallest_delay'] == 2, far)
+    for schedule, expected in (('gpipe', 0.42), ('zb-h1', 0.30)):
+        plan = planned(EQUAL + ['--objective', 'bp', '--schedule', schedule])
+        poe.check_near(plan['cases'][0]['step'], expected, 1e-9, schedule)
+    poe.check_equal(os.listdir(folder), [], 'files of a plan')
+
+
+def plan_of_this_machine(folder):
+    """Speeds are whatever they are; everything that is promised is there."""
+    args = ['--stages', '3,1', '--n-embd', 32, '--n-head', 2, '--sequence-len', 32, '--device-batch-size', 1,
+            '--total-batch-size', 128, '--threads', 1]
+    plan = planned(args)
+    for rank in plan['ranks']:
+        poe.check(rank['forward'] > 0 and rank['backward'] > 0 and rank['memory'] > 0 and 0 <= rank['idle'] < 1, rank)
+        parts = {k: v for k, v in rank['memory_parts'].items() if k != 'recompute'}.values()
+        poe.check(sum(parts) == rank['memory'], rank)
+    poe.check({'asked', '1f1b'} <= {c['name'] for c in plan['cases']}, plan['cases'])
+    poe.check(plan['forward_bytes'] >= 32 * 32 * 4 and plan['down_bytes'] > 4 * plan['forward_bytes'], plan)
+    poe.check([b['ranks'] for b in plan['balance']] == [2, 4] and plan['rates'].startswith('measured'), plan)
+    text = poe.succeed(['plan', '--ranks', 4] + args, cwd=folder).out
+    for word in ('4 ranks, stages 1x4', 'idle', 'memory', 'tokens/s', 'poe beside 1f1b', 'per step from a rank to the next'):
+        poe.check(word in text, f'"{word}" is missing: {text}')
+
+
 def help_and_version(folder):
-    for args in (['--help'], ['--version'], ['generate', '--help'], ['data', '--help']):
+    for args in (['--help'], ['--version'], ['generate', '--help'], ['data', '--help'], ['plan', '--help']):
         result = poe.succeed(args, cwd=folder)
         poe.check('poe-pipe' in result.out, result)
     listed = poe.succeed(['--help']).out
-    for flag in ('stages head objective alpha backout sync n-embd n-head n-kv-head mlp-dim sequence-len vocab-size '
+    for flag in ('stages head objective alpha backout schedule link-window sync n-embd n-head n-kv-head mlp-dim sequence-len vocab-size '
                  'window-pattern device-batch-size total-batch-size num-iterations warmup-steps warmdown-ratio '
                  'final-lr-frac matrix-lr embedding-lr unembedding-lr scalar-lr weight-decay seed data val-data tokenizer '
                  'init-from export config out resume save-every eval-every transport threads deadline size dry-run '
@@ -176,4 +221,4 @@ def help_and_version(folder):
 
 
 poe.main(generation, export, imported, aggregates, inspection, data, presets, closing_lines, runs_folder, metrics,
-         help_and_version)
+         plan_of_given_times, plan_of_this_machine, help_and_version)

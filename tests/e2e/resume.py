@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """A run that stops and goes on is the run that never stopped."""
 import os
+import re
 import shutil
 
 import poe
@@ -132,6 +133,18 @@ def changes_said(folder):
     check_same(whole, f'{folder}/moved')
 
 
+def other_kernels_said(folder):
+    """Other kernels round otherwise: resuming says so, and only then."""
+    data = poe.write_tokens(f'{folder}/tokens.bin')
+    train(folder, 'whole', data, save_every=3, kernels='generic')
+    checkpoint = f'{folder}/whole/checkpoints/{step_name(3)}'
+    for kernels in ('generic', 'auto'):
+        result = resume(checkpoint, f'{folder}/{kernels}', '--kernels', kernels)
+        same = re.search('^ranks .* kernels generic,', result.out, re.MULTILINE)
+        poe.check(('not bit for bit' in result.out) == (not same), result)
+    check_same(f'{folder}/whole', f'{folder}/generic')
+
+
 def changes_refused(folder):
     data = poe.write_tokens(f'{folder}/tokens.bin')
     whole = train(folder, 'whole', data, save_every=3)
@@ -215,5 +228,5 @@ def nothing_there(folder):
 
 
 poe.main(*[rule_test(r, h) for r, h in (('exact', 'sh'), ('stale', 'ps'), ('stale:2', 'sh'), ('every:3', 'ps'))], text,
-         other_transport, in_its_folder, abandoned_checkpoints, keep, finished, changes_said, changes_refused, damaged,
+         other_transport, in_its_folder, abandoned_checkpoints, keep, finished, changes_said, other_kernels_said, changes_refused, damaged,
          half_written, moved, nothing_there)

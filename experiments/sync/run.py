@@ -1,0 +1,159 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: MIT
+"""What do late shared parameters, and rounded messages, cost in bits per byte?
+
+    experiments/sync/run.py            # 45 runs of the default job (130 steps, 532480 tokens), 3 seeds each case
+    experiments/sync/run.py --quick    # a tiny model, 2 seeds, some cases, always anew: seconds; its figures mean nothing
+
+Trains the default job once per case and seed, in one process (the bits are those of any number of ranks), and compares
+the held-out BPB of all stages together after the last step with that of --sync exact, fp32, under the same seed.
+
+Duration: 3 to 5 minutes a run on two idle cores, so 2.5 to 4 hours in all. Runs that are finished stay: started again,
+the script goes on where it was. A run that was made with other flags is made anew.
+
+Writes into --out (default runs/sync):
+    CASE/SEED/    each run's metrics.jsonl, config.json and log; its checkpoint is removed
+    sync.json     every figure
+    sync.md       the table, also on standard output
+    sync.png      BPB of every case: the mean over seeds, bars from the lowest to the highest
+"""
+import argparse
+import json
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from statistics import mean, stdev
+
+ROOT = Path(__file__).resolve().parents[2]
+BASE = "exact, fp32"
+RULES = {BASE: [], **{rule: ["--sync", rule] for rule in
+                      ("stale:1", "stale:2", "stale:4", "stale:8", "stale:32", "every:4", "every:16")}}
+FORMATS = {"wire bf16": ["--wire", "bf16"], "wire fp8": ["--wire", "fp8"], "wire int8": ["--wire", "int8"],
+           "shared bf16": ["--wire-shared", "bf16"], "wire fp8, shared bf16": ["--wire", "fp8", "--wire-shared", "bf16"]}
+TINY = ["--stages", "1,1,1", "--n-embd", "32", "--n-head", "2", "--sequence-len", "32", "--vocab-size", "300",
+        "--device-batch-size", "2", "--total-batch-size", "128", "--num-iterations", "8", "--warmup-steps", "2",
+        "--eval-tokens", "2048", "--threads", "1"]
+QUICK = (BASE, "stale:2", "every:4", "wire fp8", "shared bf16")
+
+
+# --- runs ------------------------------------------------------------------------------------------------------------
+
+def read_result(folder):
+    """What a finished run left, or None."""
+    try:
+        return json.loads((folder / "result.json").read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def summary(metrics, flags):
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    bpb = [line["bpb"] for line in lines if "bpb" in line][-1]
+    end = [line for line in lines if "step_bytes" in line][-1]
+    tokens = [line["tokens"] for line in lines if "loss" in line][-1]
+    return dict(flags=flags, tokens=tokens, bpb=bpb["aggregate"], stages=bpb["stage"],
+                sent=sum(end["step_bytes"]), sent_fp32=sum(end["step_bytes_fp32"]))
+
+
+def run(program, folder, flags, anew):
+    """One run, unless it was made before."""
+    done = read_result(folder)
+    if done and done["flags"] == flags and not anew:
+        return done
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    with open(folder / "log.txt", "w") as log:
+        status = subprocess.run([str(program), *flags, "--out", str(folder / "run")], stdout=log, stderr=log).returncode
+    if status:
+        sys.exit(f"{folder}/log.txt: a run ended with status {status}: {(folder / 'log.txt').read_text()[-500:].strip()}")
+    for name in ("metrics.jsonl", "config.json"):
+        shutil.move(folder / "run" / name, folder / name)
+    shutil.rmtree(folder / "run")
+    result = summary(folder / "metrics.jsonl", flags)
+    (folder / "result.json").write_text(json.dumps(result))
+    return result
+
+
+def folder_of(case):
+    return case.replace(", ", "-").replace(" ", "-").replace(":", "-")
+
+
+def run_all(program, out, cases, flags, seeds, anew):
+    results = {}
+    for number, seed in enumerate(seeds):
+        for case, own in cases.items():
+            print(f"seed {seed} ({number + 1} of {len(seeds)}): {case}", file=sys.stderr, flush=True)
+            results.setdefault(case, []).append(
+                run(program, out / folder_of(case) / str(seed), [*flags, *own, "--seed", str(seed)], anew))
+    return results
+
+
+# --- table and picture -----------------------------------------------------------------------------------------------
+
+def row(case, results, base):
+    bpb = [r["bpb"] for r in results]
+    against = [100 * (r["bpb"] / b["bpb"] - 1) for r, b in zip(results, base)]
+    spread = f" ± {stdev(against):.3f}" if len(against) > 1 else ""
+    change = "" if results is base else f"{mean(against):+.3f} %{spread}"
+    sent, full = mean(r["sent"] for r in results), mean(r["sent_fp32"] for r in results)
+    return f"| {case} | {mean(bpb):.4f} | {min(bpb):.4f} .. {max(bpb):.4f} | {change} | {sent / 2**20:.2f} | {sent / full:.2f} |"
+
+
+def table(results, seeds):
+    base = results[BASE]
+    lines = [f"{base[0]['tokens']} tokens, seeds {', '.join(map(str, seeds))}, {platform.node()} ({processor()})", "",
+             "| case | BPB, mean | lowest .. highest | against exact, fp32, same seed | MiB a step, all ranks | of fp32 |",
+             "|---|---|---|---|---|---|"]
+    return "\n".join(lines + [row(case, r, base) for case, r in results.items()]) + "\n"
+
+
+def processor():
+    for line in open("/proc/cpuinfo"):
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.machine()
+
+
+def plot(results, path):
+    """Rules and formats side by side; a picture is not made where there is no gnuplot."""
+    if not shutil.which("gnuplot"):
+        print("no gnuplot: no picture", file=sys.stderr)
+        return
+    data = [f'{i} {mean(r["bpb"] for r in rs)} {min(r["bpb"] for r in rs)} {max(r["bpb"] for r in rs)}'
+            for i, rs in enumerate(results.values())]
+    ticks = ", ".join(f'"{case}" {i}' for i, case in enumerate(results))
+    base = mean(r["bpb"] for r in results[BASE])
+    rules = sum(case in RULES for case in results) - 0.5
+    script = ['set terminal pngcairo size 1200,675 font "Sans,12" noenhanced', f'set output "{path}"',
+              'set title "Held-out BPB of all stages: mean, lowest and highest of the seeds"', 'set grid ytics',
+              'set ylabel "bits per byte"', 'set key off', f'set xrange [-0.5:{len(results) - 0.5}]',
+              f'set xtics rotate by -30 ({ticks})',
+              f'set arrow from -0.5,{base} to {len(results) - 0.5},{base} nohead dt 2 lc rgb "#7f7f7f"',
+              f'set arrow from {rules}, graph 0 to {rules}, graph 1 nohead lc rgb "#d9d9d9"', '$data << EOD', *data, 'EOD',
+              'plot $data using 1:2:3:4 with yerrorbars pt 7 lw 2 lc rgb "#3b6fb6"']
+    subprocess.run(["gnuplot"], input="\n".join(script) + "\n", text=True, check=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a tiny model: does the script work?")
+    parser.add_argument("--build", default=ROOT / "build", type=Path, help="where poe-pipe was built")
+    parser.add_argument("--out", type=Path, help="folder of runs, table and picture")
+    args = parser.parse_args()
+    out = args.out or ROOT / "runs" / ("sync-quick" if args.quick else "sync")
+    cases = {**RULES, **FORMATS}
+    if args.quick:
+        cases = {case: cases[case] for case in QUICK}
+    seeds = (0, 1) if args.quick else (0, 1, 2)
+    results = run_all(args.build / "poe-pipe", out, cases, TINY if args.quick else [], seeds, args.quick)
+    (out / "sync.json").write_text(json.dumps(results, indent=1))
+    text = table(results, seeds)
+    (out / "sync.md").write_text(text)
+    print(text, end="")
+    plot(results, out / "sync.png")
+
+
+if __name__ == "__main__":
+    main()
