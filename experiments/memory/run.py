@@ -5,12 +5,12 @@
     tools/setup
     experiments/memory/run.py
 
-Four parts. Depth: the same width with 4 to 64 layers, in one process and in 4 stages. Stages: 32 layers in 1, 2, 4 and 8
-stages. Both as bytes that are sized before the start and as resident maximum of short real runs. Published size: the
-1.3B model's memory per rank, by parts, not run. One process: what autograd keeps under backpropagation and under PoE, if
---torch is a Python with PyTorch and --reference has poe_ref.py; otherwise left out.
+Four parts. Depth: the same width with 4 to 64 layers, in one process and in 4 stages. Stages: 32 layers in 1, 2, 4 and
+8 stages. Both as bytes that are sized before the start and as resident maximum of short real runs. Published size: the
+1.3B model's memory per rank, by parts, not run. One process: what autograd keeps under backpropagation and under PoE,
+if --torch is a Python with PyTorch and --reference has poe_ref.py; otherwise left out.
 
-Duration on two cores: about 10 minutes; --quick: under 2. A busy machine changes nothing but the duration.
+Duration on two cores: about 5 minutes; --quick: under one. A busy machine changes nothing but the duration.
 
 Writes into --out (default runs/memory): memory.md (the tables, also on standard output), memory.json, memory.png.
 
@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
 MIB, GIB = 2 ** 20, 2 ** 30
 CHANNELS, T, ROWS, VOCABULARY = 128, 256, 8, 512
-MICRO = 8                          # micro-batches of a step: as many as the most stages
+MICRO = 8                          # micro-batches of a pipeline's step: as many as the most stages
 UNIT = ROWS * T * CHANNELS * 4     # one activation (B,T,C) in fp32
 BP = ["--objective", "bp", "--backout", "off"]
 WAYS = {  # flags; None: predicted
@@ -49,7 +49,7 @@ PARTS = {"weights": ["parameters"], "gradients": ["gradients", "pending"], "opti
          "activations": ["activations"], "messages": ["messages"], "scratch": ["scratch"]}
 
 
-# --- figures --------------------------------------------------------------------------------------------------------------
+# --- figures ---------------------------------------------------------------------------------------------------------
 
 def output_of(command):
     command = [str(word) for word in command]
@@ -62,7 +62,8 @@ def output_of(command):
 def sized(args, stages, flags):
     """Bytes of every rank by parts, as they are sized before the start."""
     emulated = ["--emulate-compute", "forward=1ms,backward=2ms"]  # no need to time anything
-    plan = json.loads(output_of([args.program, "plan", "--json", "--stages", ",".join(map(str, stages)), *emulated, *flags]))
+    layers = ",".join(map(str, stages))
+    plan = json.loads(output_of([args.program, "plan", "--json", "--stages", layers, *emulated, *flags]))
     return [rank["memory_parts"] for rank in plan["ranks"]]
 
 
@@ -75,9 +76,10 @@ def total(parts):
     return sum(value for name, value in parts.items() if name != "recompute")
 
 
-def model_flags():
+def model_flags(way):
+    micro = 1 if way in ALONE else MICRO  # alone, each goes before the next comes
     return ["--n-embd", CHANNELS, "--n-head", 2, "--sequence-len", T, "--device-batch-size", ROWS, "--total-batch-size",
-            ROWS * T * MICRO, "--vocab-size", VOCABULARY, "--threads", 1]
+            ROWS * T * micro, "--vocab-size", VOCABULARY, "--threads", 1, *WAYS[way]]
 
 
 def write_tokens(path, count):
@@ -88,28 +90,28 @@ def write_tokens(path, count):
 
 
 def measured(args, folder, stages, flags):
-    """Every rank's resident maximum, and the sizes that it was told, of a real run of two steps."""
+    """Every rank's resident maximum, and the sizes that it was told, of a short real run."""
     ranks = ["--ranks", len(stages)] if len(stages) > 1 else []
     with tempfile.TemporaryDirectory(dir=folder) as aside:
-        output_of([args.program, *ranks, "--stages", ",".join(map(str, stages)), *model_flags(), *flags, "--data",
-                   f"{folder}/tokens.bin", "--num-iterations", 2, "--out", f"{aside}/run"])
+        output_of([args.program, *ranks, "--stages", ",".join(map(str, stages)), *flags, "--data",
+                   f"{folder}/tokens.bin", "--num-iterations", args.steps, "--out", f"{aside}/run"])
         with open(f"{aside}/run/metrics.jsonl") as file:
             return [json.loads(line) for line in file][-1]["memory"]
 
 
 def point(args, folder, way, layers, stages):
     split = [layers] if way in ALONE else [layers // stages] * stages
-    flags = WAYS[way]
-    parts = sized(args, split, [*model_flags(), *flags])
+    flags = model_flags(way)
+    parts = sized(args, split, flags)
     memory = measured(args, folder, split, flags)
     print(f"{way}, {layers} layers, {len(split)} ranks: measured", file=sys.stderr, flush=True)
-    return dict(way=way, layers=layers, stages=len(split), kept=[kept(p) for p in parts], arenas=[total(p) for p in parts],
-                peak=[m["peak"] for m in memory])
+    return dict(way=way, layers=layers, stages=len(split), kept=[kept(p) for p in parts],
+                arenas=[total(p) for p in parts], peak=[m["peak"] for m in memory])
 
 
 def growth(args):
-    """Activations of backpropagation without checkpoints: bytes that do not depend on the depth, and those of a layer."""
-    low, high = (sized(args, [n], [*model_flags(), *WAYS["bp"]])[0]["activations"] for n in (8, 16))
+    """Activations of backpropagation without checkpoints: bytes whatever the depth, and those of a layer."""
+    low, high = (sized(args, [n], model_flags("bp"))[0]["activations"] for n in (8, 16))
     layer = (high - low) / 8
     return low - 8 * layer, layer
 
@@ -137,11 +139,14 @@ def sweep(args, folder, depths, stage_counts):
 
 
 def published(args):
-    """The 1.3B model: bytes of all its ranks by parts."""
+    """The 1.3B model: bytes of all its ranks by parts. In turn: one process that lets a stage's activations go before
+    the next stage's come, which poe-pipe, where stages are ranks, does not have."""
     size = ["--size", "1.3b", "--threads", 1, "--recompute", "none"]
-    return {"bp, 1 rank": sized(args, [24], [*size, *BP]),
-            "bp 1f1b, 4 ranks": sized(args, [6] * 4, [*size, *BP, "--schedule", "1f1b"]),
-            "PoE, 4 ranks": sized(args, [6] * 4, size)}
+    alone = sized(args, [24], [*size, *BP])
+    stages = sized(args, [6] * 4, size)
+    in_turn = dict(alone[0], activations=max(parts["activations"] for parts in stages))
+    return {"bp, 1 rank": alone, "bp 1f1b, 4 ranks": sized(args, [6] * 4, [*size, *BP, "--schedule", "1f1b"]),
+            "PoE, 4 ranks": stages, "PoE, 1 rank, stages in turn (computed)": [in_turn]}
 
 
 def autograd(args, layers):
@@ -150,7 +155,7 @@ def autograd(args, layers):
     return json.loads(output_of([args.torch, HERE / "one_process.py", args.reference, layers, args.stages]))
 
 
-# --- tables ---------------------------------------------------------------------------------------------------------------
+# --- tables ----------------------------------------------------------------------------------------------------------
 
 def both(row):
     """Kept by micro-batches on the rank with most, and that rank's resident maximum."""
@@ -165,17 +170,19 @@ def find(result, way, layers, stages):
 
 def depth_table(result):
     k = result["stages"]
-    lines = [f"| layers | bp | bp, checkpoints every sqrt(L) | bp, every layer (block) | 1f1b, {k} ranks, rank 0 | PoE, {k} ranks |",
-             "|---" * 6 + "|"]
+    lines = [f"| layers | bp | bp, checkpoints every sqrt(L) layers, or best | bp, every layer (block) | 1f1b, {k} "
+             f"ranks, rank 0 | PoE, {k} ranks |", "|---" * 6 + "|"]
     for layers in result["depths"]:
-        cells = [both(find(result, way, layers, n)) if WAYS[way] else f"{find(result, way, layers, n)['kept'][0] / MIB:.0f}"
-                 for way, n in (("bp", 1), ("bp sqrt(L)", 1), ("bp block", 1), ("1f1b", k), ("poe", k))]
+        check = find(result, "bp sqrt(L)", layers, 1)
+        cells = [both(find(result, way, layers, n)) for way, n in (("bp", 1), ("bp block", 1), ("1f1b", k), ("poe", k))]
+        cells.insert(1, f"{check['kept'][0] / MIB:.0f}, {check['best'] / MIB:.0f} every {check['best_segment']}")
         lines.append(f"| {layers} | " + " | ".join(cells) + " |")
     return lines
 
 
 def stage_table(result):
-    lines = ["| ranks | layers per rank | 1f1b, rank 0 | 1f1b, all ranks | PoE, largest rank | PoE, all ranks |", "|---" * 6 + "|"]
+    lines = ["| ranks | layers per rank | 1f1b, rank 0 | 1f1b, all ranks | PoE, fullest rank | PoE, all ranks |",
+             "|---" * 6 + "|"]
     for k in result["stage_counts"]:
         cells = []
         for way in ("1f1b", "poe"):
@@ -183,6 +190,10 @@ def stage_table(result):
             cells += [both(row), f"{sum(row['kept']) / MIB:.0f} ({sum(row['peak']) / MIB:.0f})"]
         lines.append(f"| {k} | {result['deepest'] // k} | " + " | ".join(cells) + " |")
     return lines
+
+
+def table_row(name, values):
+    return f"| {name} | " + " | ".join(f"{value / GIB:.1f}" for value in values) + " |"
 
 
 def published_table(result):
@@ -194,8 +205,8 @@ def published_table(result):
             columns += [(f"{name}, largest", [max(parts, key=total)]), (f"{name}, all", parts)]
     lines = ["| GiB | " + " | ".join(name for name, _ in columns) + " |", "|---" * (1 + len(columns)) + "|"]
     for name, keys in PARTS.items():
-        lines.append(f"| {name} | " + " | ".join(f"{sum(p[k] for p in parts for k in keys) / GIB:.1f}" for _, parts in columns) + " |")
-    lines.append("| total | " + " | ".join(f"{sum(map(total, parts)) / GIB:.1f}" for _, parts in columns) + " |")
+        lines.append(table_row(name, [sum(p[k] for p in parts for k in keys) for _, parts in columns]))
+    lines.append(table_row("total", [sum(map(total, parts)) for _, parts in columns]))
     return lines
 
 
@@ -215,14 +226,15 @@ def markdown(result):
         ("Depth: MiB that micro-batches keep on the fullest rank (its resident maximum)", depth_table(result)),
         (f"Stages: {result['deepest']} layers, {MICRO} micro-batches, MiB kept (resident maxima)", stage_table(result)),
         ("The 1.3B model, micro-batches of 4 x 2048, sized and not run", published_table(result)),
-        ("All stages in one process of PyTorch, 24 layers", autograd_table(result))]
-    head = (f"{result['machine']}; {result['command']}\n\n{CHANNELS} channels, {ROWS} x {T} tokens, fp32: one activation (B,T,C) "
-            f"has {UNIT / MIB:.0f} MiB. Resident beside what is sized before the start: {min(outside) / MIB:.0f} to "
-            f"{max(outside) / MIB:.0f} MiB per process.")
+        (f"All stages in one process of PyTorch, {result['autograd_layers']} layers in {result['stages']} stages",
+         autograd_table(result))]
+    head = (f"{result['machine']}; {result['command']}\n\n{CHANNELS} channels, {ROWS} x {T} tokens, fp32: one "
+            f"activation (B,T,C) has {UNIT / MIB:.0f} MiB. Resident beside what is sized before the start: "
+            f"{min(outside) / MIB:.0f} to {max(outside) / MIB:.0f} MiB per process.")
     return "\n\n".join([head] + [f"{title}\n\n" + "\n".join(table) for title, table in sections if table])
 
 
-# --- picture --------------------------------------------------------------------------------------------------------------
+# --- picture ---------------------------------------------------------------------------------------------------------
 
 def curves(rows, x, keep):
     """One block of data per way: x, kept, peak of the rank that keeps most."""
@@ -249,16 +261,18 @@ def draw(result, out):
     (out / "depth.dat").write_text("\n".join(depth))
     (out / "stages.dat").write_text("\n".join(stage))
     labels = {"bp": "bp, one process", "bp sqrt(L)": "bp, checkpoints every sqrt(L) layers (predicted)",
-              "bp block": "bp, checkpoints every layer", "1f1b": f"bp, 1f1b, {k} ranks, rank 0", "poe": f"PoE, {k} ranks, fullest"}
+              "bp block": "bp, checkpoints every layer", "1f1b": f"bp, 1f1b, {k} ranks, rank 0",
+              "poe": f"PoE, {k} ranks, fullest"}
     plain = {"1f1b": "bp, 1f1b, rank 0", "poe": "PoE, fullest rank"}
     script = ["set terminal pngcairo size 1300,560 font 'Sans,11' noenhanced", f"set output '{out / 'memory.png'}'",
-              "set multiplot layout 1,2", "set logscale xy 2", "set grid", "set key top left", "set ylabel 'MiB kept by micro-batches'",
+              "set multiplot layout 1,2", "set logscale xy 2", "set grid", "set key top left",
+              "set ylabel 'MiB kept by micro-batches'",
               *panel(out / "depth.dat", ways, labels, "layers", "against depth"), "set key bottom left",
               *panel(out / "stages.dat", pipes, plain, "ranks (stages)", f"{deepest} layers cut into stages")]
     subprocess.run(["gnuplot"], input="\n".join(script) + "\n", text=True, check=True)
 
 
-# --- the whole ------------------------------------------------------------------------------------------------------------
+# --- the whole -------------------------------------------------------------------------------------------------------
 
 def machine():
     with open("/proc/cpuinfo") as file:
@@ -270,13 +284,15 @@ def parse():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--program", type=Path, default=ROOT / "build" / "poe-pipe")
     parser.add_argument("--torch", metavar="PYTHON", help="a Python that has PyTorch")
-    parser.add_argument("--reference", type=Path, default=ROOT.parent / "shared" / "reference", help="where poe_ref.py is")
+    parser.add_argument("--reference", type=Path, default=ROOT.parent / "shared" / "reference",
+                        help="where poe_ref.py is")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "memory")
     parser.add_argument("--quick", action="store_true", help="few and small: does everything work?")
     args = parser.parse_args()
     args.out = args.out.resolve()
     args.depths, args.stage_counts, args.stages, args.deepest = (
         ([4, 8], [1, 2], 2, 8) if args.quick else ([4, 8, 16, 32, 64], [1, 2, 4, 8], 4, 32))
+    args.steps, args.autograd_layers = (1, 8) if args.quick else (2, 24)
     if not args.program.is_file():
         parser.error(f"there is no {args.program}: run tools/setup, or give --program")
     return args
@@ -290,7 +306,8 @@ def main():
         rows = sweep(args, folder, args.depths, args.stage_counts)
     result = dict(machine=machine(), command=" ".join(["experiments/memory/run.py", *sys.argv[1:]]), depths=args.depths,
                   stage_counts=args.stage_counts, stages=args.stages, deepest=args.deepest, sweep=list(rows.values()),
-                  published=published(args), autograd=autograd(args, 8 if args.quick else 24))
+                  published=published(args), autograd_layers=args.autograd_layers,
+                  autograd=autograd(args, args.autograd_layers))
     text = markdown(result)
     (args.out / "memory.json").write_text(json.dumps(result, indent=1) + "\n")
     (args.out / "memory.md").write_text(text + "\n")

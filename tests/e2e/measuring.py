@@ -39,6 +39,7 @@ def check_accounts(out, ranks, steps):
         trained = own['wall'] - own['checkpoint']
         busy = sum(own[name] for name in BUSY)
         poe.check(0 < busy <= own['wall'] and 0 < last['fill'][k] < trained, f'rank {k}: {own}')
+        poe.check(last['memory'][k]['arenas'] > 0 and last['memory'][k]['peak'] > 0, f'rank {k}: {last["memory"]}')
         poe.check_near(last['idle'][k], 1 - busy / trained, 1e-6, f'rank {k}: idle')
         poe.check_near(last['idle_after_fill'][k], 1 - busy / (trained - last['fill'][k]), 1e-6, f'rank {k}: idle')
     return lines, last
