@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: MIT
 """What do late shared parameters, and rounded messages, cost in bits per byte?
 
-    experiments/sync/run.py            # 45 runs of the default job (130 steps, 532480 tokens), 3 seeds each case
+    experiments/sync/run.py            # 39 runs of the default job (130 steps, 532480 tokens), 3 seeds each case
     experiments/sync/run.py --quick    # a tiny model, some cases, always anew: seconds; its figures mean nothing
 
 Trains the default job once per case and seed, in one process (the bits are those of any number of ranks), and compares
