@@ -5,7 +5,7 @@
 
 #include "pipeline/settings.h"
 
-enum { LEAST_WINDOW = 4 };
+enum { LEAST_WINDOW = 4, RING_WINDOW = 2 };
 
 static int larger(int a, int b)
 {
@@ -52,6 +52,8 @@ static int delay_share(const poe_layout *l)
 
 int poe_layout_window(const poe_layout *l, int stage)
 {
+    if (poe_layout_replicated(l))
+        return larger(RING_WINDOW, l->link_window);
     int needed = poe_schedule_chained(l->schedule)
                      ? larger(poe_layout_slots(l, stage), poe_layout_slots(l, stage + 1)) + 1
                      : 1;

@@ -28,9 +28,10 @@ int poe_layout_stage(const poe_layout *layout, int rank);  /* `rank`, or 0 when 
 int poe_layout_slots(const poe_layout *layout, int stage); /* micro-batches whose activations a stage keeps */
 
 /* Messages that may be under way or lent on each link between `stage` and the next one. Activations stay lent until
- * their backward pass, so there are more than either end keeps; with as many for gradients no rank of a chained schedule
- * ever waits for a credit, whatever the round trip (tests/test_layout.c). Under poe the sender may be ahead by the
- * link's share of the delay, which is what the round trip may take. At least --link-window, if that was given. */
+ * their backward pass, so there are more than either end keeps; with as many for gradients no rank of a chained
+ * schedule ever waits for a credit, whatever the round trip (tests/test_layout.c). Under poe the sender may be ahead by
+ * the link's share of the delay, which is what the round trip may take. At least --link-window, if that was given. Of
+ * replicas' ring: parts of the sum, 2 or as many as --link-window says. */
 int poe_layout_window(const poe_layout *layout, int stage);
 
 #endif

@@ -111,7 +111,7 @@ static void set_links(const poe_plan_settings *s, poe_theory_job *job)
     for (int k = 0; k < job->n_ranks; k++) {
         poe_theory_link here = {0};
         if (s->calibration)
-            here = (poe_theory_link){s->calibration->latency, s->calibration->bandwidth};
+            here = (poe_theory_link){.latency = s->calibration->latency, .bandwidth = s->calibration->bandwidth};
         /* Other numbers of ranks than the network was described for have its first link throughout. */
         int link = job->n_ranks == s->n_ranks ? k : 0;
         job->down[k] = s->down ? s->down[link] : here;
@@ -351,6 +351,31 @@ static poe_status add_case(const poe_plan_settings *s, const poe_options *o, con
     return status;
 }
 
+/* Where one link is much longer than the others, its share of the delay is less than its round trip takes. */
+static poe_status widen_links(const poe_plan_settings *s, poe_options *o, int *link_window)
+{
+    poe_theory_job job;
+    int window;
+    poe_status status = make_job(s, o, s->n_ranks, &job);
+    if (status == POE_OK)
+        status = poe_theory_smallest_window(&job, &window);
+    *link_window = status == POE_OK && window > job.window ? window : 0;
+    if (*link_window)
+        o->link_window = *link_window;
+    return status;
+}
+
+/* The rule that never waits for a total, unless it is what was asked for. */
+static poe_status add_streaming(const poe_plan_settings *s, const poe_options *asked, poe_plan *plan)
+{
+    poe_options o = *asked;
+    o.sync_delay = plan->smallest_delay;
+    o.sync_every = 0;
+    poe_status status = widen_links(s, &o, &plan->link_window);
+    bool same = asked->sync_delay == o.sync_delay && asked->link_window == o.link_window;
+    return status != POE_OK || same ? status : add_case(s, &o, "streaming", plan);
+}
+
 static int capped_delay(const poe_theory_job *job)
 {
     int delay = poe_theory_smallest_delay(job);
@@ -428,12 +453,8 @@ poe_status poe_plan_make(const poe_plan_settings *s, poe_plan *plan)
     count_bytes(job, plan);
     bool poe = job->schedule == POE_SCHEDULE_POE;
     plan->smallest_delay = poe && job->shares ? poe_theory_smallest_delay(job) : 0;
-    if (plan->smallest_delay && plan->smallest_delay <= POE_OPTION_DELAY && job->delay != plan->smallest_delay) {
-        poe_options o = asked;
-        o.sync_delay = plan->smallest_delay;
-        o.sync_every = 0;
-        status = add_case(s, &o, "streaming", plan);
-    }
+    if (plan->smallest_delay && plan->smallest_delay <= POE_OPTION_DELAY)
+        status = add_streaming(s, &asked, plan);
     if (status == POE_OK && s->calibration && !replicated)
         status = add_even_cases(s, &asked, plan);
     if (status == POE_OK && poe && s->n_ranks > 1)

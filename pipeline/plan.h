@@ -44,6 +44,7 @@ typedef struct poe_plan {
     int n_cases;
     poe_plan_case cases[POE_PLAN_CASES]; /* [0]: as the flags have it */
     int smallest_delay;                  /* D of stale:D that streams in case 0; 0: nothing is shared */
+    int link_window;                     /* --link-window that it takes; 0: links are wide enough as they are */
     double tokens;                       /* of a step */
     poe_run_memory memory[POE_THEORY_RANKS]; /* of each rank in case 0 */
     double down_bytes, up_bytes;         /* per step, on the link from a rank to the next, and back, in case 0 */

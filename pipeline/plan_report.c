@@ -167,6 +167,8 @@ static void print_advice(const poe_plan *plan)
         printf("streaming --sync stale:%d is the least that never waits for a total: (P-1)(forward + round trip) + "
                "transfer <= D steps\n",
                plan->smallest_delay);
+    if (plan->link_window)
+        printf("          and --link-window %d the least with which it never waits for a credit\n", plan->link_window);
 }
 
 void poe_plan_print(const poe_plan_settings *s, const poe_plan *plan, const char *rates, const char *network)
@@ -259,9 +261,10 @@ json_t *poe_plan_json(const poe_plan_settings *s, const poe_plan *plan, const ch
         json_array_append_new(cases, case_json(plan, &plan->cases[i]));
     for (int i = 0; i < plan->n_balances; i++)
         json_array_append_new(balances, balance_json(&plan->balances[i]));
-    return json_pack("{s:s, s:s, s:f, s:o, s:o, s:f, s:f, s:f, s:f, s:f, s:i, s:o, s:o}", "rates", rates, "network",
-                     network, "tokens", plan->tokens, "ranks", ranks_json(s, plan), "links", links_json(job), "forward_bytes",
-                     job->forward_bytes, "backward_bytes", job->backward_bytes, "shared_bytes",
+    return json_pack("{s:s, s:s, s:f, s:o, s:o, s:f, s:f, s:f, s:f, s:f, s:i, s:i, s:o, s:o}", "rates", rates,
+                     "network", network, "tokens", plan->tokens, "ranks", ranks_json(s, plan), "links", links_json(job),
+                     "forward_bytes", job->forward_bytes, "backward_bytes", job->backward_bytes, "shared_bytes",
                      job->shares ? job->shared_bytes : 0.0, "down_bytes", plan->down_bytes, "up_bytes", plan->up_bytes,
-                     "smallest_delay", plan->smallest_delay, "cases", cases, "balance", balances);
+                     "smallest_delay", plan->smallest_delay, "link_window", plan->link_window, "cases", cases,
+                     "balance", balances);
 }

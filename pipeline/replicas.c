@@ -6,19 +6,18 @@
 
 #include "pipeline/streams.h"
 
-enum { WINDOW = 2 };
-
 static size_t part_of(int n_ranks, size_t floats)
 {
     return (floats + (size_t)n_ranks - 1) / (size_t)n_ranks;
 }
 
-size_t poe_replicas_memory(int n_ranks, size_t floats)
+size_t poe_replicas_memory(int n_ranks, size_t floats, int window)
 {
-    return n_ranks > 1 ? 2 * WINDOW * part_of(n_ranks, floats) * sizeof(float) : 0;
+    return n_ranks > 1 ? 2 * (size_t)window * part_of(n_ranks, floats) * sizeof(float) : 0;
 }
 
-static poe_status open_link(const poe_replicas *s, poe_comm *comm, bool outgoing, uint64_t run, poe_link **link)
+static poe_status open_link(const poe_replicas *s, poe_comm *comm, bool outgoing, int window, uint64_t run,
+                            poe_link **link)
 {
     int peer = (s->rank + (outgoing ? 1 : s->size - 1)) % s->size;
     char name[64];
@@ -29,20 +28,20 @@ static poe_status open_link(const poe_replicas *s, poe_comm *comm, bool outgoing
                                   .channel = POE_CHANNEL_REPLICAS,
                                   .outgoing = outgoing,
                                   .max_bytes = s->part * sizeof(float),
-                                  .window = WINDOW,
+                                  .window = window,
                                   .run = run};
     return poe_link_open(comm, &settings, link);
 }
 
-poe_status poe_replicas_open(poe_replicas *s, poe_comm *comm, size_t floats, uint64_t run)
+poe_status poe_replicas_open(poe_replicas *s, poe_comm *comm, size_t floats, int window, uint64_t run)
 {
     *s = (poe_replicas){.rank = poe_comm_rank(comm), .size = poe_comm_size(comm), .floats = floats};
     s->part = part_of(s->size, floats);
     if (s->size == 1)
         return POE_OK;
-    poe_status status = open_link(s, comm, true, run, &s->out);
+    poe_status status = open_link(s, comm, true, window, run, &s->out);
     if (status == POE_OK)
-        status = open_link(s, comm, false, run, &s->in);
+        status = open_link(s, comm, false, window, run, &s->in);
     if (status != POE_OK)
         poe_replicas_close(s);
     return status;

@@ -13,11 +13,11 @@ typedef struct poe_replicas {
     poe_link *in, *out;  /* NULL with a single rank */
 } poe_replicas;
 
-/* For vectors of `floats` numbers. Collective with the neighbours. */
-poe_status poe_replicas_open(poe_replicas *replicas, poe_comm *comm, size_t floats, uint64_t run);
+/* For vectors of `floats` numbers, with links of `window` messages. Collective with the neighbours. */
+poe_status poe_replicas_open(poe_replicas *replicas, poe_comm *comm, size_t floats, int window, uint64_t run);
 void poe_replicas_close(poe_replicas *replicas);
 /* Bytes of the links' buffers at one rank. */
-size_t poe_replicas_memory(int n_ranks, size_t floats);
+size_t poe_replicas_memory(int n_ranks, size_t floats, int window);
 
 /* Collective. Sums `values` (floats) over the ranks, in place; *flags becomes rank 0's. */
 poe_status poe_replicas_sum(poe_replicas *replicas, int64_t step, float *values, uint32_t *flags);

@@ -409,7 +409,8 @@ static poe_status open_sums(poe_run *r)
     poe_status status =
         poe_shared_open(&r->shared, r->comm, &r->compute, &r->model, &r->optimizer, &settings, r->first_step);
     if (status == POE_OK && poe_layout_replicated(&r->layout))
-        status = poe_replicas_open(&r->replicas, r->comm, gradient_floats(poe_stage_own_table(r->stage)), r->id);
+        status = poe_replicas_open(&r->replicas, r->comm, gradient_floats(poe_stage_own_table(r->stage)),
+                                   poe_layout_window(&r->layout, r->index), r->id);
     return status;
 }
 
@@ -556,7 +557,7 @@ static poe_status size_with(const poe_options *o, const poe_model *model, const 
         .recompute = recompute,
     };
     if (poe_layout_replicated(layout))
-        memory->messages += poe_replicas_memory(layout->n_ranks, own_floats);
+        memory->messages += poe_replicas_memory(layout->n_ranks, own_floats, poe_layout_window(layout, 0));
     return POE_OK;
 }
 

@@ -26,15 +26,17 @@ typedef struct act {
 } act;
 
 typedef enum event_kind {
-    DONE,     /* what the rank computed */
+    DONE, /* what the rank computed */
     FORWARD_IN,
     BACKWARD_IN,
     FORWARD_CREDIT,
     BACKWARD_CREDIT,
     PARTIAL_IN, /* a chunk of the sum on its way down */
     TOTAL_IN,   /* on its way up */
-    PARTIAL_LEFT, TOTAL_LEFT, /* its buffer is free again */
+    PARTIAL_LEFT,
+    TOTAL_LEFT, /* its buffer is free again */
     RING_IN,
+    RING_CREDIT,
 } event_kind;
 
 /* Everything that is counted is counted from the start of the run. */
@@ -50,7 +52,7 @@ typedef struct rank_state {
     int64_t begun, waited, finished;             /* sums */
     int64_t partials_in, partials_done, partials_left; /* chunks */
     int64_t totals_in, totals_done, totals_sent, totals_left;
-    int64_t ring_in, ring_out;
+    int64_t ring_in, ring_out, ring_taken, ring_credited;
 } rank_state;
 
 typedef struct simulation {
@@ -114,6 +116,11 @@ static void send_up(simulation *s, int from, double bytes, event_kind kind)
     send(s, &s->job->up[from - 1], &s->up_free[from - 1], bytes, kind, from - 1);
 }
 
+static bool has_room(const simulation *s, int64_t out, int64_t credited)
+{
+    return !s->job->window || out - credited < s->job->window;
+}
+
 /* --- sums ------------------------------------------------------------------------------------------------------------ */
 
 static double chunk_size(const poe_theory_job *job)
@@ -162,16 +169,21 @@ static void advance_chain(simulation *s, int r)
     me->finished = (last ? me->partials_done : me->totals_done) / s->chunks;
 }
 
-/* ddp: P-1 rounds that add and P-1 that spread, each with one P-th of the gradients. */
+/* ddp: P-1 rounds that add and P-1 that spread, each with one P-th of the gradients. What came in a round is taken, and
+ * its credit given back, once the rank's own message of that round has left. */
 static void advance_ring(simulation *s, int r)
 {
     rank_state *me = &s->ranks[r];
-    int64_t rounds = 2 * ((int64_t)s->job->n_ranks - 1);
-    while (me->ring_out < me->begun * rounds && (me->ring_out % rounds == 0 || me->ring_out <= me->ring_in)) {
-        send_down(s, r, s->job->shared_bytes / s->job->n_ranks, RING_IN);
+    int n = s->job->n_ranks, previous = (r + n - 1) % n;
+    int64_t rounds = 2 * ((int64_t)n - 1);
+    while (me->ring_out < me->begun * rounds && (me->ring_out % rounds == 0 || me->ring_out <= me->ring_in) &&
+           has_room(s, me->ring_out, me->ring_credited)) {
+        send_down(s, r, s->job->shared_bytes / n, RING_IN);
         me->ring_out++;
     }
-    me->finished = rounds ? (me->ring_in < me->ring_out ? me->ring_in : me->ring_out) / rounds : me->begun;
+    for (; me->ring_taken < me->ring_in && me->ring_taken < me->ring_out; me->ring_taken++)
+        schedule_event(s, s->now + s->job->up[previous].latency, RING_CREDIT, previous);
+    me->finished = rounds ? me->ring_taken / rounds : me->begun;
 }
 
 static void advance_sum(simulation *s, int r)
@@ -192,11 +204,6 @@ static bool has_previous(const simulation *s, int r)
 static bool has_next(const simulation *s, int r)
 {
     return r + 1 < s->job->n_ranks && s->job->schedule != POE_SCHEDULE_DDP;
-}
-
-static bool has_room(const simulation *s, int64_t out, int64_t credited)
-{
-    return !s->job->window || out - credited < s->job->window;
 }
 
 static bool may_start_task(const simulation *s, int r, poe_task task)
@@ -382,6 +389,10 @@ static void take_event(simulation *s, event_kind kind, int r)
         break;
     case RING_IN:
         me->ring_in++;
+        advance_sum(s, r);
+        break;
+    case RING_CREDIT:
+        me->ring_credited++;
         advance_sum(s, r);
         break;
     }
@@ -576,6 +587,13 @@ bool poe_theory_closed_form(const poe_theory_job *job, double *step)
     }
 }
 
+/* --- what streams -------------------------------------------------------------------------------------------- */
+
+static double latest(const poe_theory_link *link)
+{
+    return link->latency + link->jitter;
+}
+
 /* The bottleneck of the links in one direction. */
 static double slowest(const poe_theory_link *links, int n, double bytes)
 {
@@ -592,7 +610,7 @@ static double round_of(const poe_theory_job *job)
     int links = job->n_ranks - 1;
     double chunk = fmin(chunk_size(job), job->shared_bytes), seconds = 0;
     for (int k = 0; k < links; k++)
-        seconds += job->ranks[k].forward + job->down[k].latency + job->up[k].latency +
+        seconds += job->ranks[k].forward + latest(&job->down[k]) + latest(&job->up[k]) +
                    slowest(&job->down[k], 1, job->forward_bytes) + slowest(&job->up[k], 1, chunk) +
                    slowest(&job->down[k], 1, chunk);
     double rest = job->shared_bytes - chunk;
@@ -606,4 +624,36 @@ int poe_theory_smallest_delay(const poe_theory_job *job)
         step = fmax(step, busy_of(job, r));
     double turns = step > 0 ? ceil(round_of(job) / step - 1e-9) : 1;
     return turns < 1 ? 1 : turns > INT16_MAX ? INT16_MAX : (int)turns;
+}
+
+static poe_status step_with(poe_theory_job *job, int window, double *step)
+{
+    poe_theory_result result;
+    job->window = window;
+    poe_status status = poe_theory_solve(job, &result);
+    *step = status == POE_OK ? result.step : 0;
+    return status;
+}
+
+poe_status poe_theory_smallest_window(const poe_theory_job *asked, int *window)
+{
+    poe_theory_job job = *asked;
+    double unlimited, step;
+    int low = 0, high = 0, try = 1;
+    for (int k = 0; k < job.n_ranks; k++) {
+        job.down[k].latency = latest(&job.down[k]);
+        job.up[k].latency = latest(&job.up[k]);
+    }
+    poe_theory_horizon(&job);
+    poe_status status = step_with(&job, 0, &unlimited);
+    while (status == POE_OK && (!high || high - low > 1)) {
+        status = step_with(&job, try, &step);
+        if (step <= unlimited * (1 + 1e-9))
+            high = try;
+        else
+            low = try;
+        try = high ? (low + high) / 2 : 2 * low;
+    }
+    *window = high;
+    return status;
 }

@@ -26,6 +26,7 @@ typedef struct poe_theory_rank {
 typedef struct poe_theory_link {
     double latency;   /* one way: half the round trip */
     double bandwidth; /* bytes per second; 0: as much as wanted */
+    double jitter;    /* by which a message may be later: no part of the graph, but what streams is chosen for it */
 } poe_theory_link;
 
 typedef struct poe_theory_job {
@@ -35,10 +36,10 @@ typedef struct poe_theory_job {
     int settled; /* the steady state is taken from steps settled..n_steps-1; see poe_theory_horizon() */
     poe_theory_rank ranks[POE_THEORY_RANKS];
     poe_theory_link down[POE_THEORY_RANKS]; /* [k]: from rank k to k + 1; of the last rank to rank 0 (ddp's ring) */
-    poe_theory_link up[POE_THEORY_RANKS];   /* [k]: from rank k + 1 to k */
+    poe_theory_link up[POE_THEORY_RANKS];   /* [k]: from rank k + 1 to k; of the last: from rank 0 to it */
     double forward_bytes, backward_bytes;   /* of one message */
     int window;   /* credits of a link in each direction; 0: never short. An input is given back with its micro-batch's
-                   * last task, a gradient with the backward pass that it starts */
+                   * last task, a gradient with the backward pass that it starts, one of ddp's ring once added */
     bool shares;  /* gradients are summed over the ranks: the shared parameters' (all of them under ddp) */
     double shared_bytes, shared_chunk; /* of one sum and of one of its messages; chunk 0: 1 MiB */
     int delay, every;   /* --sync stale:D, every:N; both 0: exact */
@@ -72,8 +73,11 @@ poe_status poe_theory_solve(const poe_theory_job *job, poe_theory_result *result
  *   ddp            (M/P) t + (P-1) RTT + u          M a multiple of P */
 bool poe_theory_closed_form(const poe_theory_job *job, double *step);
 
-/* Smallest D for which stale:D never stalls: (P-1)(f + RTT) + transfer <= D (M t + u), by the slowest rank; transfer:
- * what the sum's bytes take beside latencies. */
+/* Smallest D for which stale:D never stalls: (P-1)(f + RTT) + transfer <= D (M t + u), by the slowest rank and with all
+ * messages as late as can be; transfer: what the sum's bytes take beside latencies. */
 int poe_theory_smallest_delay(const poe_theory_job *job);
+/* Smallest window with which no rank of poe ever waits for a credit under the rule of `job`, with all messages as late
+ * as can be. POE_FAILED: out of memory (said). */
+poe_status poe_theory_smallest_window(const poe_theory_job *job, int *window);
 
 #endif

@@ -120,6 +120,9 @@ static void test_figures(void)
     CHECK_INT(poe_layout_stages(&ddp), 1);
     CHECK_INT(poe_layout_stage(&ddp, 3), 0);
     CHECK_INT(poe_layout_slots(&ddp, 0), 1);
+    CHECK_INT(poe_layout_window(&ddp, 0), 2);
+    ddp.link_window = 6;
+    CHECK_INT(poe_layout_window(&ddp, 0), 6);
     CHECK_INT(poe_layout_stages(&poe), 5);
     CHECK_INT(poe_layout_stage(&poe, 3), 3);
     CHECK_INT(poe_layout_slots(&poe, 3), 1);

@@ -93,6 +93,31 @@ static void test_given(void)
     poe_options_free(&options);
 }
 
+/* One link of 2 s among four ranks: the default window is too narrow for what streams, and the plan widens it. */
+static void test_long_link(void)
+{
+    static const char *const flags[] = {"--stages", "2,2,2,2", "--n-embd", "32", "--sequence-len", "32",
+                                        "--device-batch-size", "2", "--total-batch-size", "64", "--sync", "stale:15",
+                                        "--link-window", "15"};
+    static poe_plan plan;
+    poe_theory_rank times[4];
+    poe_theory_link links[4] = {{0}, {.latency = 1}};
+    for (int k = 0; k < 4; k++)
+        times[k] = (poe_theory_rank){.forward = 0.05, .backward = 0.1};
+    for (int given = 0; given <= 2; given++) {
+        poe_options options = options_of(flags, 10 + 2 * given);
+        poe_plan_settings settings = {.options = &options, .n_ranks = 4, .given = times, .down = links, .up = links};
+        CHECK_INT(poe_plan_make(&settings, &plan), POE_OK);
+        CHECK_INT(plan.smallest_delay, 15);
+        CHECK_INT(plan.link_window, given == 2 ? 0 : 15);
+        const poe_plan_case *streaming = &plan.cases[given < 2];
+        CHECK_STRING(streaming->name, given < 2 ? "streaming" : "asked");
+        CHECK_INT(streaming->job.delay, 15);
+        CHECK_NEAR(streaming->result.step, 0.15, 1e-9, 0);
+        poe_options_free(&options);
+    }
+}
+
 /* Costs of parts add up to those of stages: local losses have a head each, bp has one at the end. */
 static void test_parts(void)
 {
@@ -133,6 +158,7 @@ int main(void)
 {
     test_even();
     test_given();
+    test_long_link();
     test_parts();
     return check_result();
 }

@@ -29,7 +29,7 @@ static void fill(float *values, int rank, int step)
 static poe_status sum_steps(player *p, poe_comm *comm)
 {
     poe_replicas replicas;
-    poe_status status = poe_replicas_open(&replicas, comm, p->floats, 7);
+    poe_status status = poe_replicas_open(&replicas, comm, p->floats, 2, 7);
     for (int step = 0; status == POE_OK && step < STEPS; step++) {
         fill(p->values[step], poe_comm_rank(comm), step);
         p->flags[step] = poe_comm_rank(comm) == 0 ? (uint32_t)step : 99;

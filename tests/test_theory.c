@@ -137,6 +137,45 @@ static void test_smallest_delay(void)
     CHECK(solve(&job).idle > 0.05);
 }
 
+/* With jitter everything may come as late as can be: D covers that, and the graph with such latencies is not idle. */
+static void test_smallest_delay_with_jitter(void)
+{
+    static poe_theory_job job;
+    fill_job(&job, POE_SCHEDULE_POE, 4, 4);
+    set_latency(&job, 4);
+    CHECK_INT(poe_theory_smallest_delay(&job), 3); /* 3 (1 + 2 * 4) = 27 <= 3 * 12 */
+    for (int k = 0; k < 4; k++)
+        job.down[k].jitter = job.up[k].jitter = 2;
+    job.delay = poe_theory_smallest_delay(&job); /* 3 (1 + 2 * 6) = 39 */
+    CHECK_INT(job.delay, 4);
+    CHECK_NEAR(solve(&job).idle, 0, 0, 1e-9);
+    set_latency(&job, 6);
+    CHECK_NEAR(solve(&job).idle, 0, 0, 1e-9);
+}
+
+/* One long link among short ones, or any: with the window that is promised never to be short nobody waits, and with one
+ * less somebody does. */
+static void test_smallest_window(void)
+{
+    static poe_theory_job job;
+    int window;
+    for (int n_micro = 1; n_micro <= 4; n_micro *= 2) {
+        fill_job(&job, POE_SCHEDULE_POE, 4, n_micro);
+        job.down[1].latency = job.up[1].latency = 20;
+        job.delay = poe_theory_smallest_delay(&job);
+        CHECK_INT(poe_theory_smallest_window(&job, &window), POE_OK);
+        CHECK_INT(window, 15); /* forward, there, forward and backward, back: 1 + 20 + 3 + 20 <= 15 * 3 */
+        job.window = window;
+        CHECK_NEAR(solve(&job).idle, 0, 0, 1e-9);
+        job.window--;
+        CHECK(solve(&job).idle > 0.01);
+    }
+    job.down[1].jitter = job.up[1].jitter = 6;
+    job.delay = poe_theory_smallest_delay(&job);
+    CHECK_INT(poe_theory_smallest_window(&job, &window), POE_OK);
+    CHECK_INT(window, 19);
+}
+
 /* What is said about idle shares: PoE exact (P-1)/(3M+P-1), gpipe and 1f1b (P-1)/(M+P-1), zb-h1 (P-1)/(3M+P-1). */
 static void test_idle_shares(void)
 {
@@ -271,6 +310,23 @@ static void test_ring(void)
     job.shared_bytes = 90;
     CHECK_NEAR(solve(&job).step, 6 + 44 + 5, 1e-12, 0);
     CHECK_NEAR(solve(&job).busy[2], 11, 1e-12, 0);
+    job.window = 2; /* as many as equal links need */
+    CHECK_NEAR(solve(&job).step, 6 + 44 + 5, 1e-12, 0);
+}
+
+/* Every second link of four is long: of six rounds three wait for it, unless its credits are too few: then the sender
+ * of a long one waits for a round trip every other round. */
+static void test_ring_with_long_links(void)
+{
+    static poe_theory_job job;
+    fill_job(&job, POE_SCHEDULE_DDP, 4, 40);
+    for (int k = 1; k < 4; k += 2)
+        job.down[k].latency = job.up[k].latency = 10;
+    CHECK_NEAR(solve(&job).step, 30 + 30, 1e-12, 0);
+    job.window = 6;
+    CHECK_NEAR(solve(&job).step, 30 + 30, 1e-12, 0);
+    job.window = 2;
+    CHECK_NEAR(solve(&job).step, 30 + 50, 1e-12, 0);
 }
 
 int main(void)
@@ -278,6 +334,8 @@ int main(void)
     test_closed_forms();
     test_stale();
     test_smallest_delay();
+    test_smallest_delay_with_jitter();
+    test_smallest_window();
     test_idle_shares();
     test_where_formulas_end();
     test_chain_by_hand();
@@ -285,5 +343,6 @@ int main(void)
     test_window();
     test_unequal();
     test_ring();
+    test_ring_with_long_links();
     return check_result();
 }

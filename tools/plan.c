@@ -33,14 +33,15 @@ static poe_status out_of_memory(void)
 static poe_status read_emulation(const poe_options *o, int n_ranks, sources *from)
 {
     poe_emulation emulation;
-    if (o->stages.count != n_ranks) {
+    bool replicated = strcmp(o->schedule, "ddp") == 0;
+    if (!replicated && o->stages.count != n_ranks) {
         poe_error("--emulate-compute gives the times of the %d stages of --stages; --ranks: found %d, allowed is %d",
                   o->stages.count, n_ranks, o->stages.count);
         return POE_BAD_INPUT;
     }
     poe_status status = poe_emulation_parse(o->emulate_compute, o->stages.count, &emulation);
     for (int k = 0; status == POE_OK && k < n_ranks; k++) {
-        const double *seconds = emulation.seconds[k];
+        const double *seconds = emulation.seconds[replicated ? 0 : k];
         from->given[k] = (poe_theory_rank){.forward = seconds[POE_EMULATED_FORWARD],
                                            .backward = seconds[POE_EMULATED_BACKWARD],
                                            .backward_input = seconds[POE_EMULATED_BACKWARD_INPUT],
@@ -80,10 +81,10 @@ static poe_status calibrate(const poe_options *o, int n_ranks, sources *from)
 
 static poe_theory_link theory_of(const poe_net_link *link)
 {
-    return (poe_theory_link){.latency = link->delay, .bandwidth = link->bandwidth / 8};
+    return (poe_theory_link){.latency = link->delay, .bandwidth = link->bandwidth / 8, .jitter = link->jitter};
 }
 
-/* Jitter and loss are left out: on the mean they change little, and what they do is a matter of chance. */
+/* Jitter only says how late messages may be, and loss is left out: what they do is a matter of chance. */
 static poe_status read_network(const poe_options *o, int n_ranks, sources *from)
 {
     poe_net net;

@@ -290,10 +290,18 @@ static poe_status check_transport(const poe_options *o, bool launched)
     return POE_BAD_INPUT;
 }
 
+/* Replicas are as many as were started, stages as many as were asked for. */
+static int ranks_of(const poe_options *o)
+{
+    int rank = 0, size = 1;
+    poe_mpi_environment(&rank, &size);
+    return size > 1 && strcmp(o->schedule, "ddp") == 0 ? size : poe_options_rank_count(o);
+}
+
 static poe_status check_net(const poe_options *o)
 {
     poe_net net;
-    poe_status status = poe_net_read(o->net, o->stages.count, &net);
+    poe_status status = poe_net_read(o->net, ranks_of(o), &net);
     poe_net_free(&net);
     return status;
 }

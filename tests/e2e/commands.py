@@ -187,6 +187,8 @@ def plan_of_given_times(folder):
     for schedule, expected in (('gpipe', 0.42), ('zb-h1', 0.30)):
         plan = planned(EQUAL + ['--objective', 'bp', '--schedule', schedule])
         poe.check_near(plan['cases'][0]['step'], expected, 1e-9, schedule)
+    replicas = planned(['--stages', 8, '--ranks', 4] + EQUAL[2:] + ['--objective', 'bp', '--schedule', 'ddp'])
+    poe.check_near(replicas['cases'][0]['step'], 0.06, 1e-9, '(M / P) t')
     poe.check_equal(os.listdir(folder), [], 'files of a plan')
 
 

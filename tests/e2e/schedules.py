@@ -92,6 +92,9 @@ def replicas(folder):
         for got, expected in zip(poe.steps(outs[0]), poe.steps(one)):
             poe.check_near(got['loss'], expected['loss'], 1e-6, f'loss of step {got["step"]} on {ranks} ranks')
         poe.check_equal(os.listdir(f'{outs[0]}/checkpoints'), os.listdir(f'{one}/checkpoints'), 'checkpoints')
+    for launch, more in ((poe.THREADS, {'transport': 'inproc', 'ranks': 2}), (poe.RANKS, {}), (poe.MPIEXEC, {})):
+        out = train(folder, f'{launch}-net', data, launch, 2, schedule='ddp', net='0-1:rtt=2ms', **options, **more)
+        poe.check_same_file(f'{out}/final.safetensors', f'{folder}/{launch}-2/final.safetensors')
 
 
 def resumed(folder):
