@@ -236,39 +236,61 @@ def markdown(result):
 
 # --- picture ---------------------------------------------------------------------------------------------------------
 
-def curves(rows, x, keep):
-    """One block of data per way: x, kept, peak of the rank that keeps most."""
-    data, found = [], []
-    for way in WAYS:
-        points = sorted((r for r in rows if r["way"] == way and keep(r)), key=lambda r: r[x])
-        if points:
-            found.append(way)
-            data += [f"{r[x]} {max(r['kept']) / MIB} {max(r.get('peak', [math.nan])) / MIB}" for r in points] + ["", ""]
-    return data, found
+COLOURS = {"bp": "#d73027", "bp sqrt(L)": "#fdae61", "bp block": "#999999", "1f1b": "#7b3294", "poe": "#2166ac"}
 
 
-def panel(path, found, labels, xlabel, title):
-    sized_curves = [f"'{path}' index {i} using 1:2 with linespoints linewidth 2 linecolor {i + 1} pointtype {i + 4} "
-                    f"title '{labels[way]}'" for i, way in enumerate(found)]
-    return [f"set xlabel '{xlabel}'", f"set title '{title}'", "plot " + ", ".join(sized_curves)]
+def series(result, way, axis, value, keep):
+    """Rows of one way along `axis` as gnuplot's data."""
+    points = sorted((r[axis], value(r)) for r in result["sweep"] if r["way"] == way and keep(r))
+    return "\n".join(f"{x} {y / MIB}" for x, y in points)
+
+
+def fullest(row):
+    return max(row["kept"])
+
+
+def fullest_peak(row):
+    return max(row["peak"])
+
+
+def everywhere(row):
+    return sum(row["kept"])
+
+
+def panel(out, name, curves, titles):
+    """`curves`: title, way, its points, how they are drawn. Each goes into a file of its own."""
+    words = []
+    for i, (title, way, points, style) in enumerate(curves):
+        path = out / f"{name}-{i}.dat"
+        path.write_text(points + "\n")
+        words.append(f"'{path}' with {style} linecolor rgb '{COLOURS[way]}' title '{title}'")
+    return [f"set title '{titles[0]}'", f"set xlabel '{titles[1]}'", "plot " + ", ".join(words)]
 
 
 def draw(result, out):
     k, deepest = result["stages"], result["deepest"]
-    depth, ways = curves(result["sweep"], "layers", lambda r: r["layers"] in result["depths"] and
-                         (r["stages"] == k or r["way"] in ALONE or "peak" not in r))
-    stage, pipes = curves(result["sweep"], "stages", lambda r: r["layers"] == deepest and r["way"] in ("1f1b", "poe"))
-    (out / "depth.dat").write_text("\n".join(depth))
-    (out / "stages.dat").write_text("\n".join(stage))
-    labels = {"bp": "bp, one process", "bp sqrt(L)": "bp, checkpoints every sqrt(L) layers (predicted)",
-              "bp block": "bp, checkpoints every layer", "1f1b": f"bp, 1f1b, {k} ranks, rank 0",
-              "poe": f"PoE, {k} ranks, fullest"}
-    plain = {"1f1b": "bp, 1f1b, rank 0", "poe": "PoE, fullest rank"}
+    line, dashed = "linespoints linewidth 2 pointtype 7", "lines linewidth 2 dashtype 2"
+    dots = "points pointtype 6 pointsize 1.5"
+    names = {"bp": "bp, one process", "bp sqrt(L)": "bp, checkpoints every sqrt(L) layers (predicted)",
+             "bp block": "bp, checkpoints every layer", "1f1b": f"1f1b, {k} ranks, rank 0",
+             "poe": f"PoE, {k} ranks, fullest"}
+    depth, stages = [], []
+    for way, name in names.items():
+        def at_depth(r, way=way):
+            return r["layers"] in result["depths"] and (r["stages"] == k or way.startswith("bp"))
+        depth.append((name, way, series(result, way, "layers", fullest, at_depth), line))
+        if WAYS[way]:
+            depth.append(("", way, series(result, way, "layers", fullest_peak, at_depth), dots))
+    for way, name, which in (("1f1b", "1f1b", "rank 0"), ("poe", "PoE", "fullest rank")):
+        for title, value, style in ((f"{name}, {which}", fullest, line), ("", fullest_peak, dots),
+                                    (f"{name}, all ranks together", everywhere, dashed)):
+            points = series(result, way, "stages", value, lambda r: r["layers"] == deepest)
+            stages.append((title, way, points, style))
     script = ["set terminal pngcairo size 1300,560 font 'Sans,11' noenhanced", f"set output '{out / 'memory.png'}'",
-              "set multiplot layout 1,2", "set logscale xy 2", "set grid", "set key top left",
-              "set ylabel 'MiB kept by micro-batches'",
-              *panel(out / "depth.dat", ways, labels, "layers", "against depth"), "set key bottom left",
-              *panel(out / "stages.dat", pipes, plain, "ranks (stages)", f"{deepest} layers cut into stages")]
+              "set multiplot layout 1,2", "set logscale xy 2", "set grid", "set key top left", "set yrange [16:8192]",
+              "set ylabel 'MiB kept by micro-batches (circles: resident maximum)'",
+              *panel(out, "depth", depth, ("against depth", "layers")),
+              *panel(out, "stages", stages, (f"{deepest} layers cut into stages", "ranks (stages)"))]
     subprocess.run(["gnuplot"], input="\n".join(script) + "\n", text=True, check=True)
 
 
