@@ -100,7 +100,7 @@ typedef struct poe_reduce_settings {
     int n_ranks;
     int channel;        /* 0..15, not used by a link between the same ranks */
     size_t count;       /* floats of a vector */
-    size_t width;       /* floats of a row: rows that are +0 throughout need not travel; divides count; 0: all travels */
+    size_t width;       /* floats of a row, divides count: rows of nothing but +0 need not travel; 0: all travels */
     poe_wire wire;      /* fp32, or bf16: partial sums and totals are rounded wherever they travel */
     size_t chunk;       /* floats per message, made whole rows; 0: 262144 */
     int slots;          /* vectors that may be under way at once, >= 1 */
@@ -110,10 +110,10 @@ typedef struct poe_reduce_settings {
 poe_status poe_reduce_open(poe_comm *comm, const poe_reduce_settings *settings, poe_reduce **reduce);
 /* Waits until totals have been passed on, unless vectors are under way: then it gives them up. NULL is legal. */
 void poe_reduce_close(poe_reduce *reduce);
-/* Starts summing `own` (count floats) for `step`: partial sums go down the chain, each rank adds its own (partial + own, in
- * chain order), the total comes back up and is written to `total`, which may be `own`. Both are 64-byte aligned and
- * borrowed until poe_reduce_end(). Returns at once. At most `slots` vectors are begun and not ended. Every rank gets the
- * same bits; those are the same whether zero rows travel or not. A chain of one rank rounds nothing. */
+/* Starts summing `own` (count floats) for `step`: partial sums go down the chain, each rank adds its own (partial + own,
+ * in chain order), the total comes back up and is written to `total`, which may be `own`. Both are 64-byte aligned and
+ * borrowed until poe_reduce_end(). Returns at once. At most `slots` vectors are begun and not ended. Every rank gets
+ * the same bits; those are the same whether zero rows travel or not. A chain of one rank rounds nothing. */
 poe_status poe_reduce_begin(poe_reduce *reduce, int64_t step, const float *own, float *total);
 /* Waits until the total of the oldest begun vector, which must be that of `step`, is there, and this rank has passed it
  * on, so that the memory is the caller's again. */

@@ -3,8 +3,8 @@
  * its own to the partial sum that came in and sends the result on from the same buffer; the last rank turns it round as
  * the total; going up, the buffer is decoded and sent on unchanged, so that all ranks hold the same bits. A chunk is a
  * frame and a payload on the channel beside it: the payload is the chunk in its wire format or, when that is less, only
- * the rows that are not +0 throughout, and then their numbers. Receives are posted ahead only as far as buffers are free:
- * the transport holds the sender back, and needs no credits. */
+ * the rows that are not +0 throughout, and then their numbers. Receives are posted ahead only as far as buffers are
+ * free: the transport holds the sender back, and needs no credits. */
 #include <assert.h>
 #include <inttypes.h>
 #include <stdio.h>

@@ -5,14 +5,14 @@
  *
  *   fp32  the floats themselves.
  *   bf16  each float rounded to its upper half.
- *   fp8   s = max(amax / 448, 2^-126) per row, amax its largest magnitude; code = x / s rounded to e4m3 (sign, 4 bits of
- *         exponent with bias 7, 3 of mantissa; largest 448, subnormal below 2^-6, no infinity); value = e4m3(code) * s.
+ *   fp8   s = max(amax / 448, 2^-126) per row, amax its largest magnitude; code = x / s rounded to e4m3 (sign, 4 bits
+ *         of exponent with bias 7, 3 of mantissa; largest 448, subnormal below 2^-6, no infinity); value = e4m3(code) * s.
  *   int8  s = max(amax / 127, 2^-126) per row; code = x / s rounded to a whole number; value = code * s.
  *
- * Zeros stay zeros (fp8 and bf16 keep their signs). A row with a NaN or an infinity gets the scale NaN and codes 0 under
- * fp8 and int8, so that all its values come out as NaN and the receiver's loss says so; fp32 and bf16 carry them as they
- * are. Encoded: under fp8 and int8 all rows' scales (rows floats), then the codes; little-endian machines only, as the
- * floats of fp32 are. Nothing here knows of messages. */
+ * Zeros stay zeros (fp8 and bf16 keep their signs). A row with a NaN or an infinity gets the scale NaN and codes 0
+ * under fp8 and int8, so that all its values come out as NaN and the receiver's loss says so; fp32 and bf16 carry them
+ * as they are. Encoded: under fp8 and int8 all rows' scales (rows floats), then the codes; little-endian machines only,
+ * as the floats of fp32 are. Nothing here knows of messages. */
 #ifndef POE_COMM_WIRE_H
 #define POE_COMM_WIRE_H
 

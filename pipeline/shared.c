@@ -17,9 +17,11 @@ static int n_slots(int delay, int every)
 }
 
 /* Under exact a total replaces the gradients, except where a stage's own head is still to be updated with them. */
-static size_t head_total_floats(const poe_shared_settings *settings, const poe_model *model, const poe_tensor_table *table)
+static size_t head_total_floats(const poe_shared_settings *settings, const poe_model *model,
+                                const poe_tensor_table *table)
 {
-    bool apart = model->config.head == POE_HEAD_PER_STAGE && settings->n_ranks > 1 && !settings->delay && !settings->every;
+    bool exact = !settings->delay && !settings->every;
+    bool apart = exact && model->config.head == POE_HEAD_PER_STAGE && settings->n_ranks > 1;
     return apart ? poe_stage_shared_extent(table, POE_SHARED_HEAD).floats : 0;
 }
 
@@ -61,7 +63,7 @@ static poe_status open_part(poe_shared_rule *r, poe_comm *comm, const poe_shared
     part->at = poe_stage_shared_extent(table, p);
     if (!part->at.n_rows)
         return POE_OK;
-    bool sparse = settings->sparse && p == POE_SHARED_WTE; /* a step reads some of its rows, and learns in those alone */
+    bool sparse = settings->sparse && p == POE_SHARED_WTE; /* a step reads, and learns in, some rows */
     poe_reduce_settings reduce = {.name = poe_channel_name(channels[p]),
                                   .ranks = settings->ranks,
                                   .n_ranks = settings->n_ranks,
@@ -145,8 +147,8 @@ static float *sum_of(const poe_shared_rule *r, poe_shared_part p, int64_t step)
     return p == POE_SHARED_HEAD && r->head_total ? r->head_total : gradients_of(r, p);
 }
 
-/* The part's gradients of `step` are final: they leave for the sum, or are added to those that are held. Under exact from
- * where they are; else from a vector of their own, and the next step may begin before their sum is there. */
+/* The part's gradients of `step` are final: they leave for the sum, or are added to those that are held. Under exact
+ * from where they are; else from a vector of their own, and the next step may begin before their sum is there. */
 static poe_status leave(poe_shared_rule *r, poe_shared_part p, int64_t step)
 {
     poe_part_sum *part = &r->parts[p];

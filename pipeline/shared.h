@@ -5,8 +5,8 @@
  * shared (bp) there is no sum, and a step updates the stage's own parameters alone.
  *
  * The sum is made in parts (stages/stage.h), so that it overlaps with computing: each part's gradients leave as soon as
- * they are final, and its total is waited for only where the new values are used: those of wte and smear before the next
- * forward, those of the head before the next loss. */
+ * they are final, and its total is waited for only where the new values are used: those of wte and smear before the
+ * next forward, those of the head before the next loss. */
 #ifndef POE_PIPELINE_SHARED_H
 #define POE_PIPELINE_SHARED_H
 
@@ -65,7 +65,7 @@ void poe_shared_close(poe_shared_rule *rule);
 
 /* Before a forward: what it reads of the shared parameters is up to date. */
 poe_status poe_shared_before_forward(poe_shared_rule *rule);
-/* Before a backward of `step`, which begins with the loss: likewise. After the `last` one of a step the head's gradients
+/* Before a backward of `step`, which begins with the loss: likewise. In the `last` one of a step the head's gradients
  * are final before it is over, and leave. */
 poe_status poe_shared_before_backward(poe_shared_rule *rule, int64_t step, bool last);
 /* Before any other use of the shared parameters: all are up to date. */
@@ -78,8 +78,8 @@ poe_status poe_shared_step(poe_shared_rule *rule, int64_t step);
 /* After the last step: applies, in order, what is pending. */
 poe_status poe_shared_finish(poe_shared_rule *rule);
 
-/* What a checkpoint must hold: settles, and waits until every pending total is complete. The pointers stay the rule's. With room
- * for D entries in total_steps and totals. */
+/* What a checkpoint must hold: settles, and waits until every pending total is complete. The pointers stay the rule's.
+ * With room for D entries in total_steps and totals. */
 poe_status poe_shared_pending(poe_shared_rule *rule, poe_pending *pending);
 /* Before loading a checkpoint: where n_totals totals of the steps just before `first` and the held sum are to be put. */
 void poe_shared_restore(poe_shared_rule *rule, int n_totals, int held_steps, poe_pending *pending);

@@ -109,7 +109,8 @@ static void convert(const poe_streams *s, const poe_crossing *c, const poe_batch
     }
 }
 
-static poe_crossing decode_crossing(const poe_streams *s, int direction, int from, const poe_batch *batch, char *encoded)
+static poe_crossing decode_crossing(const poe_streams *s, int direction, int from, const poe_batch *batch,
+                                    char *encoded)
 {
     poe_crossing values = place_values(s, direction, from, batch, encoded);
     convert(s, &values, batch, encoded, false);
@@ -117,7 +118,8 @@ static poe_crossing decode_crossing(const poe_streams *s, int direction, int fro
 }
 
 /* Into a message to `n_messages` ranks. */
-static void encode_crossing(poe_streams *s, int direction, int from, const poe_batch *batch, char *encoded, int n_messages)
+static void encode_crossing(poe_streams *s, int direction, int from, const poe_batch *batch, char *encoded,
+                            int n_messages)
 {
     poe_crossing values = place_values(s, direction, from, batch, encoded);
     convert(s, &values, batch, encoded, true);
@@ -142,8 +144,10 @@ static int window_of(const poe_streams_settings *settings, int from)
 static size_t edge_memory(const poe_model *model, const poe_streams_settings *settings, int from)
 {
     size_t t = (size_t)model->config.sequence_len, window = (size_t)window_of(settings, from);
-    size_t bytes = window * batch_bytes(settings->wire, model, from, settings->rows, t);
-    return goes_back(settings) ? bytes + window * crossing_bytes(settings->wire, model, from, settings->rows, t) : bytes;
+    size_t bytes = batch_bytes(settings->wire, model, from, settings->rows, t);
+    if (goes_back(settings))
+        bytes += crossing_bytes(settings->wire, model, from, settings->rows, t);
+    return window * bytes;
 }
 
 static int slots_of(const poe_streams_settings *settings)

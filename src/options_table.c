@@ -140,7 +140,7 @@ const poe_option poe_option_table[] = {
     INT("ranks", ranks, "0", 0, POE_OPTION_STAGES, TRAIN, CALL,
         "start so many by mpiexec; 0: one process, or as mpiexec did"),
     WORD("transport", transport, "auto", "auto|inproc|mpi|fabric", TRAIN, CHANGEABLE,
-         "how ranks talk; auto: mpi under mpiexec"),
+         "how ranks talk; auto: fabric under mpiexec"),
     INT("link-window", link_window, "0", 0, 65536, TRAIN, CHANGEABLE,
         "micro-batches under way between two ranks; 0: what schedule and --sync need"),
     STRING("fabric-provider", "NAME", fabric_provider, "tcp", TRAIN, CHANGEABLE,

@@ -126,8 +126,8 @@ typedef struct poe_shared_extent {
     size_t offset, floats;
 } poe_shared_extent;
 poe_shared_extent poe_stage_shared_extent(const poe_tensor_table *table, poe_shared_part part);
-/* The functions above for a part of the shared tensors; `sum` is the part's alone, and *poe_stage_shared_updates(), which counts the update
- * that all parts of a step are, is the caller's to increment before the first of them. */
+/* The functions above for a part of the shared tensors; `sum` is the part's alone. All parts of a step are one update:
+ * *poe_stage_shared_updates() is the caller's to increment before the first of them. */
 void poe_stage_clear_shared_part(poe_stage *stage, poe_shared_part part);
 void poe_stage_update_shared_part(poe_stage *stage, poe_shared_part part, const poe_rates *rates, const float *sum);
 bool poe_stage_shared_part_finite(const poe_stage *stage, poe_shared_part part);

@@ -126,9 +126,10 @@ static poe_status check_size(const poe_options *options, int size)
     return POE_BAD_INPUT;
 }
 
+/* auto: the better one by experiments/transports. */
 static bool wants_fabric(const poe_options *options)
 {
-    return strcmp(options->transport, "fabric") == 0;
+    return strcmp(options->transport, "fabric") == 0 || strcmp(options->transport, "auto") == 0;
 }
 
 /* The ranks meet over MPI, agree on what they were started with, and stay there unless the fabric is to carry the run.

@@ -35,6 +35,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 SCHEDULES = ["poe exact", "poe stale", "gpipe", "1f1b", "zb-h1", "zb-h2", "ddp"]
+COLOURS = ["#8e44ad", "#1e8449", "#aed6f1", "#ca6f1e", "#7b7d7d", "#1f3a93"]
 RANKS, MICRO = [2, 4, 8, 16, 32, 64, 96], [1, 2, 4, 8, 16, 32]
 PUBLISHED = {6: (83, 14), 12: (92, 8), 24: (96, 4), 96: (99, 1)}  # P1: P -> backpropagation, PoE
 UNEQUAL = [16, 6, 5, 5]
@@ -272,16 +273,18 @@ def draw(result, path):
     shown = counts if len(counts) <= 3 else [4, 16, counts[-1]]
     script = [f"set terminal pngcairo size {500 * len(shown)},500 font 'sans,11'", f"set output '{path}'", "set logscale x 2",
               "set grid", "set yrange [0:100]", "set xlabel 'micro-batches of a step'", "set ylabel 'idle, %'", "set key top right",
-              f"set multiplot layout 1,{len(shown)}"]
+              f"set xrange [{0.8 * min(r['micro'] for r in result['grid'])}:{1.25 * max(r['micro'] for r in result['grid'])}]",
+              f"set multiplot layout 1,{len(shown)} title 'lines: theory; points: measured with emulated compute'"]
     for p in shown:
         curves, data = [], []
         for i, schedule in enumerate(SCHEDULES[:6]):
             own = sorted((r for r in result["grid"] if (r["ranks"], r["schedule"]) == (p, schedule)), key=lambda r: r["micro"])
             data += [f"{r['micro']} {100 * r['theory']['idle']}" for r in own] + ["e"]
-            curves.append(f"'-' with lines linewidth 2 linecolor {i + 1} title '{schedule}'")
+            look = f"linecolor rgb '{COLOURS[i]}'"
+            curves.append(f"'-' with lines linewidth {1.5 + (i == 2) * 3} {look} title '{schedule}'")
             data += [f"{r['micro']} {100 * r['measured']['idle']}" for r in own if r["measured"]] + ["e"]
-            curves.append(f"'-' with points pointtype 7 linecolor {i + 1} notitle")
-        script += [f"set title 'P = {p}: theory (lines), measured with emulated compute (points)'", "plot " + ", ".join(curves), *data]
+            curves.append(f"'-' with points pointtype 7 {look} notitle")
+        script += [f"set title 'P = {p}'", "plot " + ", ".join(curves), *data]
     try:
         subprocess.run(["gnuplot"], input="\n".join(script) + "\n", text=True, check=True)
     except (OSError, subprocess.CalledProcessError) as error:

@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: MIT
 """What do late shared parameters, and rounded messages, cost in bits per byte?
 
-    experiments/sync/run.py            # 45 runs of the default job (130 steps, 532480 tokens), 3 seeds each case
-    experiments/sync/run.py --quick    # a tiny model, 2 seeds, some cases, always anew: seconds; its figures mean nothing
+    experiments/sync/run.py            # 39 runs of the default job (130 steps, 532480 tokens), 3 seeds each case
+    experiments/sync/run.py --quick    # a tiny model, some cases, always anew: seconds; its figures mean nothing
 
 Trains the default job once per case and seed, in one process (the bits are those of any number of ranks), and compares
 the held-out BPB of all stages together after the last step with that of --sync exact, fp32, under the same seed.
@@ -31,7 +31,8 @@ BASE = "exact, fp32"
 RULES = {BASE: [], **{rule: ["--sync", rule] for rule in
                       ("stale:1", "stale:2", "stale:4", "stale:8", "stale:32", "every:4", "every:16")}}
 FORMATS = {"wire bf16": ["--wire", "bf16"], "wire fp8": ["--wire", "fp8"], "wire int8": ["--wire", "int8"],
-           "shared bf16": ["--wire-shared", "bf16"], "wire fp8, shared bf16": ["--wire", "fp8", "--wire-shared", "bf16"]}
+           "shared bf16": ["--wire-shared", "bf16"],
+           "wire fp8, shared bf16": ["--wire", "fp8", "--wire-shared", "bf16"]}
 TINY = ["--stages", "1,1,1", "--n-embd", "32", "--n-head", "2", "--sequence-len", "32", "--vocab-size", "300",
         "--device-batch-size", "2", "--total-batch-size", "128", "--num-iterations", "8", "--warmup-steps", "2",
         "--eval-tokens", "2048", "--threads", "1"]
@@ -67,7 +68,8 @@ def run(program, folder, flags, anew):
     with open(folder / "log.txt", "w") as log:
         status = subprocess.run([str(program), *flags, "--out", str(folder / "run")], stdout=log, stderr=log).returncode
     if status:
-        sys.exit(f"{folder}/log.txt: a run ended with status {status}: {(folder / 'log.txt').read_text()[-500:].strip()}")
+        said = (folder / "log.txt").read_text()[-500:].strip()
+        sys.exit(f"{folder}/log.txt: a run ended with status {status}: {said}")
     for name in ("metrics.jsonl", "config.json"):
         shutil.move(folder / "run" / name, folder / name)
     shutil.rmtree(folder / "run")
@@ -98,13 +100,14 @@ def row(case, results, base):
     spread = f" ± {stdev(against):.3f}" if len(against) > 1 else ""
     change = "" if results is base else f"{mean(against):+.3f} %{spread}"
     sent, full = mean(r["sent"] for r in results), mean(r["sent_fp32"] for r in results)
-    return f"| {case} | {mean(bpb):.4f} | {min(bpb):.4f} .. {max(bpb):.4f} | {change} | {sent / 2**20:.2f} | {sent / full:.2f} |"
+    figures = (f"{mean(bpb):.4f}", f"{min(bpb):.4f} .. {max(bpb):.4f}", change, f"{sent / 2**20:.2f}", f"{sent / full:.2f}")
+    return f"| {case} | {' | '.join(figures)} |"
 
 
 def table(results, seeds):
     base = results[BASE]
     lines = [f"{base[0]['tokens']} tokens, seeds {', '.join(map(str, seeds))}, {platform.node()} ({processor()})", "",
-             "| case | BPB, mean | lowest .. highest | against exact, fp32, same seed | MiB a step, all ranks | of fp32 |",
+             "| case | BPB, mean | lowest .. highest | against exact, fp32, same seed | MiB a step, all | of fp32 |",
              "|---|---|---|---|---|---|"]
     return "\n".join(lines + [row(case, r, base) for case, r in results.items()]) + "\n"
 
@@ -131,7 +134,8 @@ def plot(results, path):
               'set ylabel "bits per byte"', 'set key off', f'set xrange [-0.5:{len(results) - 0.5}]',
               f'set xtics rotate by -30 ({ticks})',
               f'set arrow from -0.5,{base} to {len(results) - 0.5},{base} nohead dt 2 lc rgb "#7f7f7f"',
-              f'set arrow from {rules}, graph 0 to {rules}, graph 1 nohead lc rgb "#d9d9d9"', '$data << EOD', *data, 'EOD',
+              f'set arrow from {rules}, graph 0 to {rules}, graph 1 nohead lc rgb "#d9d9d9"',
+              '$data << EOD', *data, 'EOD',
               'plot $data using 1:2:3:4 with yerrorbars pt 7 lw 2 lc rgb "#3b6fb6"']
     subprocess.run(["gnuplot"], input="\n".join(script) + "\n", text=True, check=True)
 

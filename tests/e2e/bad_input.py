@@ -91,7 +91,8 @@ def networks(folder):
                          ('*:rtt=5ms;0-1:speed=5ms', ("'0-1:speed=5ms'", 'speed', 'rtt')),
                          ('0-1:cut=5s', ('0>1', 'cut')),
                          (rules, (rules, 'line 3', "'0-1:rtt=5'", 'allowed')), ('nothing', ('nothing', 'file'))):
-        refuse(tiny(folder, net=value), '--net', *words, launches=(poe.THREADS, poe.RANKS))
+        refuse(tiny(folder, net=value), '--net', *words, launches=(poe.THREADS,))
+        refuse(tiny(folder, net=value, transport='mpi'), '--net', *words, launches=(poe.RANKS,))
     refuse(tiny(folder, net='0-9:rtt=5ms', dry_run=True), 'no rank 9', launches=(poe.THREADS,))
     check_untouched(folder)
 
