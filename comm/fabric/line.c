@@ -18,7 +18,7 @@ enum { HALF = POE_SECRET_BYTES / 2, SAID_STRANGERS = 16 };
 static const double answer = 3;   /* seconds to wait for one: a stopped rank's host accepts, and nothing follows */
 static const double soon = 1;
 static const double longest = 1;  /* between two calls */
-static const double gone = 2;     /* an address that refuses calls for so long has lost its rank */
+static const double gone = 5;     /* an address that refuses calls for so long has lost its rank */
 
 /* --- tokens ------------------------------------------------------------------------------------------------------- */
 static token *take_token(fabric *f)
