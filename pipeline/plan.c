@@ -84,13 +84,20 @@ static poe_status rank_times(const poe_calibration *c, const poe_model *model, i
 
 /* --- a job ------------------------------------------------------------------------------------------------------------- */
 
-static poe_status table_bytes(const poe_model *model, int stage, double *bytes)
+/* What is summed: all gradients under ddp, else those of the shared tensors, whose parts are sums of their own. */
+static poe_status sum_bytes(const poe_model *model, bool replicated, poe_theory_job *job)
 {
     poe_tensor_table table;
-    poe_status status = poe_model_tensors(model, stage, &table);
+    size_t largest = 0;
+    poe_status status = poe_model_tensors(model, replicated ? 0 : -1, &table);
     if (status != POE_OK)
         return status;
-    *bytes = (double)table.floats * sizeof(float);
+    for (poe_shared_part p = 0; !replicated && p < POE_SHARED_PARTS; p++) {
+        size_t floats = poe_stage_shared_extent(&table, p).floats;
+        largest = floats > largest ? floats : largest;
+    }
+    job->shared_bytes = (double)table.floats * sizeof(float);
+    job->shared_chunk = fmin((double)largest * sizeof(float), POE_THEORY_CHUNK);
     poe_tensor_table_free(&table);
     return POE_OK;
 }
@@ -141,7 +148,7 @@ static poe_status make_job(const poe_plan_settings *s, const poe_options *o, int
             status = rank_times(s->calibration, model, poe_layout_stage(&layout, k), &job->ranks[k]);
     }
     if (status == POE_OK)
-        status = table_bytes(model, replicated ? 0 : -1, &job->shared_bytes);
+        status = sum_bytes(model, replicated, job);
     job->shares = job->shared_bytes > 0 && n_ranks > 1;
     if (status == POE_OK) {
         message_bytes(o, model, job);

@@ -8,8 +8,8 @@
 #include "src/log.h"
 #include "src/min_heap.h"
 
-/* As comm/reduce.c: bytes of a chunk, and how many of them a rank has under way to a neighbour. */
-enum { DEFAULT_CHUNK = 1 << 20, CHUNKS_UNDER_WAY = 4 };
+/* As comm/reduce.c: how many chunks a rank has under way to a neighbour. */
+enum { CHUNKS_UNDER_WAY = 4 };
 
 /* What a rank does in a step: its tasks, then what the rule wants. */
 typedef enum act_kind {
@@ -125,7 +125,7 @@ static bool has_room(const simulation *s, int64_t out, int64_t credited)
 
 static double chunk_size(const poe_theory_job *job)
 {
-    return job->shared_chunk > 0 ? job->shared_chunk : DEFAULT_CHUNK;
+    return job->shared_chunk > 0 ? job->shared_chunk : POE_THEORY_CHUNK;
 }
 
 static double chunk_bytes(const simulation *s, int64_t chunk)

@@ -14,7 +14,10 @@
 #include "pipeline/schedule.h"
 #include "src/status.h"
 
-enum { POE_THEORY_RANKS = 128 };
+enum {
+    POE_THEORY_RANKS = 128,
+    POE_THEORY_CHUNK = 1 << 20, /* bytes of a sum's message, as in comm/reduce.c */
+};
 
 /* One rank's computing times. The halves are used by the schedules that split, `backward` by the others. */
 typedef struct poe_theory_rank {
@@ -41,7 +44,7 @@ typedef struct poe_theory_job {
     int window;   /* credits of a link in each direction; 0: never short. An input is given back with its micro-batch's
                    * last task, a gradient with the backward pass that it starts, one of ddp's ring once added */
     bool shares;  /* gradients are summed over the ranks: the shared parameters' (all of them under ddp) */
-    double shared_bytes, shared_chunk; /* of one sum and of one of its messages; chunk 0: 1 MiB */
+    double shared_bytes, shared_chunk; /* of one sum and of one of its messages; chunk 0: POE_THEORY_CHUNK */
     int delay, every;   /* --sync stale:D, every:N; both 0: exact */
     bool own_first;     /* the own update comes before the sum begins (per-stage heads); else it runs meanwhile */
 } poe_theory_job;

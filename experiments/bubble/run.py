@@ -125,19 +125,21 @@ def run(args, folder, words):
 
 
 def shares(steps, last, streaming):
-    """Idle share over all ranks: of the steps after the first, or with streaming of all of them after the fill."""
-    chosen = steps if streaming else steps[1:]
+    """Idle share over all ranks: of the steps between the first and the last, which waits for its own sums beside those of
+    the step before, or with streaming of all of them after the fill."""
+    inner = steps[1:-1]
+    chosen = steps if streaming else inner
     ranks = [rank for step in chosen for rank in step]
     fill = sum(last["fill"]) if streaming else 0
     time_all = sum(rank["wall"] - rank["checkpoint"] for rank in ranks) - fill
     busy = sum(rank[name] for rank in ranks for name in ("forward", "backward", "optimizer"))
     return dict(idle=1 - busy / time_all, late=sum(rank["other"] for rank in ranks) / time_all, fill=max(last["fill"]),
-                step=max(sum(step[k]["wall"] for step in steps[1:]) for k in range(len(steps[0]))) / (len(steps) - 1))
+                step=max(sum(step[k]["wall"] for step in inner) for k in range(len(steps[0]))) / len(inner))
 
 
 def n_steps(args, schedule, micro, delay):
     if schedule != "poe stale":
-        return 3 if args.quick else 5
+        return 4 if args.quick else 6
     return max(12, 4 * delay + 4, min(20 if args.quick else 100, STREAMED // micro))
 
 

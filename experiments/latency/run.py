@@ -144,7 +144,8 @@ def planned(words, method):
 
 
 def counts(options, case, real):
-    """Steps before those that are measured, and these: whole turns of the rule."""
+    """Steps before those that are measured, and these: whole turns of the rule. One more ends the run: it waits for its own
+    sums, which else the step after does."""
     turn = case["delay"] + 1
     before = max(3, 2 * turn)
     wanted = max(4, FORMS[options.form]["seconds"] / case["step"])
@@ -157,12 +158,12 @@ def measure(options, p, times):
     plan, case, rule = planned([*words, *times], p["method"])
     case["delay"] = plan["smallest_delay"] if p["method"] == "poe stale" else 0
     before, measured = counts(options, case, is_real(p))
-    run = [*words, *rule, "--data", options.out / "tokens.bin", "--num-iterations", before + measured,
+    run = [*words, *rule, "--data", options.out / "tokens.bin", "--num-iterations", before + measured + 1,
            *([] if is_real(p) else times)]
-    steps = emulated.run(run, realtime=options.realtime and not is_real(p))
-    result = emulated.steady(steps[before:])
+    steps = emulated.run(run, realtime=options.realtime and not is_real(p))[before:-1]
+    result = emulated.steady(steps)
     if is_real(p):
-        result["step"] = max(statistics.median(s["accounts"][r]["wall"] for s in steps[before:]) for r in range(p["ranks"]))
+        result["step"] = max(statistics.median(s["accounts"][r]["wall"] for s in steps) for r in range(p["ranks"]))
     result.update(planned=case["step"], error=result["step"] / case["step"] - 1, delay=case["delay"],
                   forward_bytes=plan["forward_bytes"], command=emulated.command(run), steps=measured,
                   emulated="network" if is_real(p) else "compute, network",
