@@ -90,6 +90,9 @@ poe_status poe_link_send(poe_link *link, const poe_message *message);
  * are lent and released in order; up to `window` may be lent at a time. */
 poe_status poe_link_receive(poe_link *link, const poe_message *expected, poe_message *got, void **payload);
 void poe_link_release(poe_link *link);
+/* Sends, and receives, a payload that is the caller's: message->bytes are copied into, and out of, the link's memory. */
+poe_status poe_link_send_copy(poe_link *link, const poe_message *message, const void *payload);
+poe_status poe_link_receive_copy(poe_link *link, const poe_message *expected, void *payload);
 /* True when poe_link_acquire() (of an outgoing link), or poe_link_receive(), would not wait. */
 bool poe_link_ready(const poe_link *link);
 

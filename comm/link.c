@@ -305,6 +305,27 @@ static bool has_message(const poe_part *part)
     return link->lent < atomic_load(&link->ready);
 }
 
+poe_status poe_link_send_copy(poe_link *link, const poe_message *message, const void *payload)
+{
+    void *copy;
+    poe_status status = poe_link_acquire(link, message, &copy);
+    if (status != POE_OK)
+        return status;
+    memcpy(copy, payload, message->bytes);
+    return poe_link_send(link, message);
+}
+
+poe_status poe_link_receive_copy(poe_link *link, const poe_message *expected, void *payload)
+{
+    void *lent;
+    poe_status status = poe_link_receive(link, expected, NULL, &lent);
+    if (status != POE_OK)
+        return status;
+    memcpy(payload, lent, expected->bytes);
+    poe_link_release(link);
+    return POE_OK;
+}
+
 bool poe_link_ready(const poe_link *link)
 {
     return link->outgoing ? has_credit(&link->part) : has_message(&link->part);

@@ -22,21 +22,6 @@ uint64_t poe_clock_machine(void)
     return (uint64_t)poe_crc32c(0, id, sizeof(id)) << 32 | poe_crc32c(1, id, sizeof(id));
 }
 
-static poe_status open_link(poe_comm *comm, int peer, bool outgoing, uint64_t run, poe_link **link)
-{
-    char name[32];
-    int self = poe_comm_rank(comm);
-    snprintf(name, sizeof(name), "clock %d->%d", outgoing ? self : peer, outgoing ? peer : self);
-    poe_link_settings settings = {.name = name,
-                                  .peer = peer,
-                                  .channel = POE_CHANNEL_CLOCK,
-                                  .outgoing = outgoing,
-                                  .max_bytes = sizeof(double),
-                                  .window = 1,
-                                  .run = run};
-    return poe_link_open(comm, &settings, link);
-}
-
 poe_status poe_clock_open(poe_clock *c, poe_comm *comm, uint64_t machine, uint64_t run)
 {
     uint64_t machines[POE_MAX_STAGES];
@@ -46,13 +31,13 @@ poe_status poe_clock_open(poe_clock *c, poe_comm *comm, uint64_t machine, uint64
     bool before = status == POE_OK && rank > 0 && machines[rank - 1] != machine;
     bool after = status == POE_OK && rank + 1 < poe_comm_size(comm) && machines[rank + 1] != machine;
     if (before)
-        status = open_link(comm, rank - 1, true, run, &c->ping_out);
+        status = poe_channel_open(comm, rank - 1, POE_CHANNEL_CLOCK, true, sizeof(double), 1, run, &c->ping_out);
     if (before && status == POE_OK)
-        status = open_link(comm, rank - 1, false, run, &c->answer_in);
+        status = poe_channel_open(comm, rank - 1, POE_CHANNEL_CLOCK, false, sizeof(double), 1, run, &c->answer_in);
     if (after && status == POE_OK)
-        status = open_link(comm, rank + 1, false, run, &c->ping_in);
+        status = poe_channel_open(comm, rank + 1, POE_CHANNEL_CLOCK, false, sizeof(double), 1, run, &c->ping_in);
     if (after && status == POE_OK)
-        status = open_link(comm, rank + 1, true, run, &c->answer_out);
+        status = poe_channel_open(comm, rank + 1, POE_CHANNEL_CLOCK, true, sizeof(double), 1, run, &c->answer_out);
     return poe_comm_agree(comm, status);
 }
 
@@ -86,13 +71,7 @@ static poe_status send_time(poe_link *link, int round, int sender)
 static poe_status receive_time(poe_link *link, int round, int sender, double *time)
 {
     poe_message message = message_of(round, sender);
-    void *payload;
-    poe_status status = poe_link_receive(link, &message, NULL, &payload);
-    if (status != POE_OK)
-        return status;
-    memcpy(time, payload, sizeof(*time));
-    poe_link_release(link);
-    return POE_OK;
+    return poe_link_receive_copy(link, &message, time);
 }
 
 static poe_status ping(poe_clock *c, poe_clock_reading *reading)

@@ -106,7 +106,8 @@ static void read_table(const poe_safetensors *file, const poe_tensor_table *tabl
 {
     for (size_t i = 0; i < table->count; i++) {
         const poe_tensor *t = &table->rows[i];
-        poe_safetensors_read(file, poe_safetensors_find(file, t->name), t->first, t->rows * t->cols, values + t->offset);
+        poe_safetensors_read(file, poe_safetensors_find(file, t->name), t->first, t->rows * t->cols,
+                             values + t->offset);
     }
 }
 
@@ -150,29 +151,12 @@ static poe_message piece_message(int stage, size_t tensor, size_t first, size_t 
                          .bytes = n * sizeof(float)};
 }
 
+/* The end of the link from rank `from` to rank 0 that is this rank's. */
 static poe_status open_link(poe_comm *comm, int from, uint64_t run, poe_link **link)
 {
     bool outgoing = poe_comm_rank(comm) == from;
-    char name[32];
-    snprintf(name, sizeof(name), "export %d->0", from);
-    poe_link_settings settings = {.name = name,
-                                  .peer = outgoing ? 0 : from,
-                                  .channel = POE_CHANNEL_EXPORT,
-                                  .outgoing = outgoing,
-                                  .max_bytes = PIECE * sizeof(float),
-                                  .window = 2,
-                                  .run = run};
-    return poe_link_open(comm, &settings, link);
-}
-
-static poe_status send_piece(poe_link *link, const poe_message *message, const float *values)
-{
-    void *payload;
-    poe_status status = poe_link_acquire(link, message, &payload);
-    if (status != POE_OK)
-        return status;
-    memcpy(payload, values, message->bytes);
-    return poe_link_send(link, message);
+    return poe_channel_open(comm, outgoing ? 0 : from, POE_CHANNEL_EXPORT, outgoing, PIECE * sizeof(float), 2, run,
+                            link);
 }
 
 static poe_status write_piece(poe_link *link, const poe_message *message, poe_safetensors_writer *writer,
@@ -197,7 +181,7 @@ static poe_status transfer_table(poe_link *link, int stage, const poe_tensor_tab
         for (size_t first = 0; first < total; first += PIECE) {
             size_t n = total - first < PIECE ? total - first : PIECE;
             poe_message message = piece_message(stage, i, first, n);
-            poe_status status = values ? send_piece(link, &message, values + t->offset + first)
+            poe_status status = values ? poe_link_send_copy(link, &message, values + t->offset + first)
                                        : write_piece(link, &message, writer, t, first);
             if (status != POE_OK)
                 return status;
@@ -240,7 +224,8 @@ static int by_name(const void *a, const void *b)
 }
 
 /* In the order of names, whatever the stages: the same model makes the same file. */
-static poe_status create_writer(const char *path, poe_dtype dtype, const poe_model *model, poe_safetensors_writer **writer)
+static poe_status create_writer(const char *path, poe_dtype dtype, const poe_model *model,
+                                poe_safetensors_writer **writer)
 {
     tensor_list list = {0};
     poe_status status = list_tensors(model, &list);

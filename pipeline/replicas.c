@@ -1,7 +1,6 @@
 /* SPDX-License-Identifier: MIT */
 #include "pipeline/replicas.h"
 
-#include <stdio.h>
 #include <string.h>
 
 #include "pipeline/streams.h"
@@ -20,17 +19,7 @@ static poe_status open_link(const poe_replicas *s, poe_comm *comm, bool outgoing
                             poe_link **link)
 {
     int peer = (s->rank + (outgoing ? 1 : s->size - 1)) % s->size;
-    char name[64];
-    snprintf(name, sizeof(name), "%s %d->%d", poe_channel_name(POE_CHANNEL_REPLICAS), outgoing ? s->rank : peer,
-             outgoing ? peer : s->rank);
-    poe_link_settings settings = {.name = name,
-                                  .peer = peer,
-                                  .channel = POE_CHANNEL_REPLICAS,
-                                  .outgoing = outgoing,
-                                  .max_bytes = s->part * sizeof(float),
-                                  .window = window,
-                                  .run = run};
-    return poe_link_open(comm, &settings, link);
+    return poe_channel_open(comm, peer, POE_CHANNEL_REPLICAS, outgoing, s->part * sizeof(float), window, run, link);
 }
 
 poe_status poe_replicas_open(poe_replicas *s, poe_comm *comm, size_t floats, int window, uint64_t run)
@@ -79,13 +68,8 @@ static poe_message message_of(const poe_replicas *s, int64_t step, int round, in
 static poe_status send_part(poe_replicas *s, int64_t step, int round, int part, const float *values, uint32_t flags)
 {
     poe_message message = message_of(s, step, round, part, s->rank);
-    void *payload;
-    poe_status status = poe_link_acquire(s->out, &message, &payload);
-    if (status != POE_OK)
-        return status;
-    memcpy(payload, values + first_of(s, part), message.bytes);
     message.flags = flags;
-    return poe_link_send(s->out, &message);
+    return poe_link_send_copy(s->out, &message, values + first_of(s, part));
 }
 
 static void add(float *restrict sum, const float *restrict more, size_t n)

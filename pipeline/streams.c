@@ -28,7 +28,7 @@ const char *poe_channel_name(poe_channel channel)
                                         [POE_CHANNEL_AGGREGATE] = "aggregates",
                                         [POE_CHANNEL_REPORT] = "reports",
                                         [POE_CHANNEL_SHARED] = "gradients of the embedding",
-                                        [POE_CHANNEL_EXPORT] = "weights",
+                                        [POE_CHANNEL_EXPORT] = "export",
                                         [POE_CHANNEL_GRADIENT] = "gradients",
                                         [POE_CHANNEL_REPLICAS] = "replicas' gradients",
                                         [POE_CHANNEL_CLOCK] = "clock",
@@ -73,7 +73,8 @@ static poe_crossing place_crossing(const poe_streams *s, int stage, const poe_ba
     return c;
 }
 
-/* --- wire formats -------------------------------------------------------------------------------------------------------- */
+/* --- wire formats
+ * -------------------------------------------------------------------------------------------------------- */
 
 /* What is not fp32 is decoded to, or encoded from, memory beside the messages. */
 enum { INPUT, OUTPUT, INPUT_GRADIENT, OUTPUT_GRADIENT };
@@ -127,7 +128,8 @@ static void encode_crossing(poe_streams *s, int direction, int from, const poe_b
                                         crossing_bytes(s->wire, s->model, from, batch->rows, batch->t));
 }
 
-/* --- memory -------------------------------------------------------------------------------------------------------------- */
+/* --- memory
+ * -------------------------------------------------------------------------------------------------------------- */
 
 /* Whether gradients come back along the edges of this run. */
 static bool goes_back(const poe_streams_settings *settings)
@@ -180,12 +182,13 @@ size_t poe_streams_memory(const poe_model *model, const poe_streams_settings *se
     return bytes + (out ? out * edge_memory(model, settings, settings->stage) : 0);
 }
 
-static poe_status open_link(poe_comm *comm, int peer, poe_channel channel, bool outgoing,
-                            size_t max_bytes, int window, uint64_t run, poe_link **link)
+poe_status poe_channel_open(poe_comm *comm, int peer, poe_channel channel, bool outgoing, size_t max_bytes, int window,
+                            uint64_t run, poe_link **link)
 {
     char name[64];
     int self = poe_comm_rank(comm);
-    snprintf(name, sizeof(name), "%s %d->%d", poe_channel_name(channel), outgoing ? self : peer, outgoing ? peer : self);
+    snprintf(name, sizeof(name), "%s %d->%d", poe_channel_name(channel), outgoing ? self : peer,
+             outgoing ? peer : self);
     poe_link_settings settings = {.name = name,
                                   .peer = peer,
                                   .channel = (int)channel,
@@ -208,14 +211,14 @@ static poe_status open_edge(const poe_streams *s, poe_comm *comm, const poe_stre
 {
     int from = outgoing ? s->stage : peer, window = window_of(settings, from);
     uint64_t run = settings->run;
-    poe_status status = open_link(comm, peer, POE_CHANNEL_BATCH, outgoing,
-                                  batch_bytes(s->wire, s->model, from, s->rows, s->t), window, run, batch);
+    poe_status status = poe_channel_open(comm, peer, POE_CHANNEL_BATCH, outgoing,
+                                         batch_bytes(s->wire, s->model, from, s->rows, s->t), window, run, batch);
     if (status == POE_OK && s->aggregate_floats && aggregates(s->model))
-        status = open_link(comm, peer, POE_CHANNEL_AGGREGATE, outgoing, s->aggregate_floats * sizeof(float),
-                           AGGREGATE_WINDOW, run, aggregate);
+        status = poe_channel_open(comm, peer, POE_CHANNEL_AGGREGATE, outgoing, s->aggregate_floats * sizeof(float),
+                                  AGGREGATE_WINDOW, run, aggregate);
     if (status == POE_OK && goes_back(settings))
-        status = open_link(comm, peer, POE_CHANNEL_GRADIENT, !outgoing,
-                           crossing_bytes(s->wire, s->model, from, s->rows, s->t), window, run, gradient);
+        status = poe_channel_open(comm, peer, POE_CHANNEL_GRADIENT, !outgoing,
+                                  crossing_bytes(s->wire, s->model, from, s->rows, s->t), window, run, gradient);
     return status;
 }
 
@@ -244,8 +247,8 @@ static poe_status open_edges(poe_streams *s, poe_comm *comm, const poe_streams_s
     if (s->source >= 0)
         status = open_edge(s, comm, settings, s->source, false, &s->batch_in, &s->aggregate_in, &s->gradient_out);
     for (int i = 0; status == POE_OK && i < s->n_targets; i++)
-        status = open_edge(s, comm, settings, s->targets[i], true, &s->batch_out[i], &s->aggregate_out[i],
-                           &s->gradient_in);
+        status =
+            open_edge(s, comm, settings, s->targets[i], true, &s->batch_out[i], &s->aggregate_out[i], &s->gradient_in);
     return status;
 }
 
@@ -254,15 +257,16 @@ static poe_status open_reports(poe_streams *s, poe_comm *comm, const poe_streams
     size_t bytes = POE_MAX_STAGES * sizeof(poe_step_report);
     poe_status status = POE_OK;
     if (s->rank > 0)
-        status = open_link(comm, s->rank - 1, POE_CHANNEL_REPORT, false, bytes, settings->reports, settings->run,
-                           &s->report_in);
+        status = poe_channel_open(comm, s->rank - 1, POE_CHANNEL_REPORT, false, bytes, settings->reports, settings->run,
+                                  &s->report_in);
     if (status == POE_OK && s->rank + 1 < poe_comm_size(comm))
-        status = open_link(comm, s->rank + 1, POE_CHANNEL_REPORT, true, bytes, settings->reports, settings->run,
-                           &s->report_out);
+        status = poe_channel_open(comm, s->rank + 1, POE_CHANNEL_REPORT, true, bytes, settings->reports, settings->run,
+                                  &s->report_out);
     return status;
 }
 
-poe_status poe_streams_open(poe_streams *s, poe_comm *comm, const poe_model *model, const poe_streams_settings *settings)
+poe_status poe_streams_open(poe_streams *s, poe_comm *comm, const poe_model *model,
+                            const poe_streams_settings *settings)
 {
     *s = (poe_streams){.model = model,
                        .rank = poe_comm_rank(comm),
@@ -301,7 +305,8 @@ void poe_streams_close(poe_streams *s)
     *s = (poe_streams){0};
 }
 
-/* --- micro-batches forward --------------------------------------------------------------------------------------------- */
+/* --- micro-batches forward
+ * --------------------------------------------------------------------------------------------- */
 
 void poe_streams_own_tokens(const poe_streams *s, int slot, poe_batch *batch)
 {
@@ -319,15 +324,15 @@ static uint32_t wire_shape(const poe_streams *s, int boundary)
 
 static poe_message batch_message(const poe_streams *s, const poe_batch *batch, int sender)
 {
-    return (poe_message){.kind = batch->kind,
-                         .flags = batch->flags,
-                         .step = batch->step,
-                         .micro = batch->micro,
-                         .stage = sender,
-                         .shape = {(uint32_t)batch->rows, (uint32_t)batch->t, (uint32_t)s->channels,
-                                   wire_shape(s, sender)},
-                         .data_hash = batch->data_hash,
-                         .bytes = batch_bytes(s->wire, s->model, sender, batch->rows, batch->t)};
+    return (poe_message){
+        .kind = batch->kind,
+        .flags = batch->flags,
+        .step = batch->step,
+        .micro = batch->micro,
+        .stage = sender,
+        .shape = {(uint32_t)batch->rows, (uint32_t)batch->t, (uint32_t)s->channels, wire_shape(s, sender)},
+        .data_hash = batch->data_hash,
+        .bytes = batch_bytes(s->wire, s->model, sender, batch->rows, batch->t)};
 }
 
 poe_status poe_streams_receive_batch(poe_streams *s, poe_batch *batch)
@@ -388,19 +393,20 @@ poe_status poe_streams_send_batch(poe_streams *s, const poe_batch *batch)
     return POE_OK;
 }
 
-/* --- gradients back ------------------------------------------------------------------------------------------------------ */
+/* --- gradients back
+ * ------------------------------------------------------------------------------------------------------ */
 
 /* Of what crossed from `boundary` to the next stage. */
 static poe_message gradient_message(const poe_streams *s, const poe_batch *batch, int boundary, int sender)
 {
-    return (poe_message){.kind = POE_KIND_GRADIENT,
-                         .step = batch->step,
-                         .micro = batch->micro,
-                         .stage = sender,
-                         .shape = {(uint32_t)batch->rows, (uint32_t)batch->t, (uint32_t)s->channels,
-                                   wire_shape(s, boundary)},
-                         .data_hash = batch->data_hash,
-                         .bytes = crossing_bytes(s->wire, s->model, boundary, batch->rows, batch->t)};
+    return (poe_message){
+        .kind = POE_KIND_GRADIENT,
+        .step = batch->step,
+        .micro = batch->micro,
+        .stage = sender,
+        .shape = {(uint32_t)batch->rows, (uint32_t)batch->t, (uint32_t)s->channels, wire_shape(s, boundary)},
+        .data_hash = batch->data_hash,
+        .bytes = crossing_bytes(s->wire, s->model, boundary, batch->rows, batch->t)};
 }
 
 poe_status poe_streams_receive_gradient(poe_streams *s, const poe_batch *batch, poe_crossing *d_out)
@@ -443,7 +449,8 @@ poe_status poe_streams_send_gradient(poe_streams *s, const poe_batch *batch)
     return poe_link_send(s->gradient_out, &message);
 }
 
-/* --- aggregates and reports ---------------------------------------------------------------------------------------------- */
+/* --- aggregates and reports
+ * ---------------------------------------------------------------------------------------------- */
 
 static poe_message aggregate_message(int64_t step, int chunk, int sender, size_t n, size_t v)
 {
@@ -462,24 +469,7 @@ poe_status poe_streams_receive_aggregate(poe_streams *s, int64_t step, int chunk
         return POE_OK;
     }
     poe_message expected = aggregate_message(step, chunk, s->source, n, v);
-    void *payload;
-    poe_status status = poe_link_receive(s->aggregate_in, &expected, NULL, &payload);
-    if (status != POE_OK)
-        return status;
-    memcpy(s->aggregate, payload, expected.bytes);
-    poe_link_release(s->aggregate_in);
-    return POE_OK;
-}
-
-/* Copies `data` into a message and sends it. */
-static poe_status send_copy(poe_link *link, const poe_message *message, const void *data)
-{
-    void *payload;
-    poe_status status = poe_link_acquire(link, message, &payload);
-    if (status != POE_OK)
-        return status;
-    memcpy(payload, data, message->bytes);
-    return poe_link_send(link, message);
+    return poe_link_receive_copy(s->aggregate_in, &expected, s->aggregate);
 }
 
 poe_status poe_streams_send_aggregate(poe_streams *s, int64_t step, int chunk, size_t n, size_t v)
@@ -487,7 +477,7 @@ poe_status poe_streams_send_aggregate(poe_streams *s, int64_t step, int chunk, s
     poe_message message = aggregate_message(step, chunk, s->stage, n, v);
     poe_status status = POE_OK;
     for (int i = 0; status == POE_OK && i < s->n_targets && s->aggregate_out[i]; i++)
-        status = send_copy(s->aggregate_out[i], &message, s->aggregate);
+        status = poe_link_send_copy(s->aggregate_out[i], &message, s->aggregate);
     return status;
 }
 
@@ -505,19 +495,13 @@ poe_status poe_streams_receive_report(poe_streams *s, int64_t step, poe_step_rep
     if (!s->report_in)
         return POE_OK;
     poe_message expected = report_message(step, s->rank - 1);
-    void *payload;
-    poe_status status = poe_link_receive(s->report_in, &expected, NULL, &payload);
-    if (status != POE_OK)
-        return status;
-    memcpy(reports, payload, expected.bytes);
-    poe_link_release(s->report_in);
-    return POE_OK;
+    return poe_link_receive_copy(s->report_in, &expected, reports);
 }
 
 poe_status poe_streams_send_report(poe_streams *s, int64_t step, const poe_step_report *reports)
 {
     poe_message message = report_message(step, s->rank);
-    return s->report_out ? send_copy(s->report_out, &message, reports) : POE_OK;
+    return s->report_out ? poe_link_send_copy(s->report_out, &message, reports) : POE_OK;
 }
 
 bool poe_streams_report_ready(const poe_streams *s)

@@ -33,6 +33,9 @@ typedef enum poe_channel {
 } poe_channel;
 
 const char *poe_channel_name(poe_channel channel); /* what it carries: "activations", ... */
+/* One end of the link of `channel` between this rank and `peer`, named after both: see poe_link_open(). */
+poe_status poe_channel_open(poe_comm *comm, int peer, poe_channel channel, bool outgoing, size_t max_bytes, int window,
+                            uint64_t run, poe_link **link);
 
 typedef enum poe_kind {
     POE_KIND_TRAIN = 1,

@@ -283,19 +283,12 @@ static void put_metadata(writer *w, int size, const char *emulated)
 
 /* --- bringing the events together ----------------------------------------------------------------------------------------------- */
 
-static poe_status open_link(poe_comm *comm, int from, uint64_t run, poe_link **link)
+/* The end of the link from rank `from` to rank 0 that is this rank's. */
+static poe_status open_link(const poe_trace *t, int from, poe_link **link)
 {
-    bool outgoing = poe_comm_rank(comm) == from;
-    char name[32];
-    snprintf(name, sizeof(name), "trace %d->0", from);
-    poe_link_settings settings = {.name = name,
-                                  .peer = outgoing ? 0 : from,
-                                  .channel = POE_CHANNEL_TRACE,
-                                  .outgoing = outgoing,
-                                  .max_bytes = PIECE * sizeof(event),
-                                  .window = 2,
-                                  .run = run};
-    return poe_link_open(comm, &settings, link);
+    bool outgoing = poe_comm_rank(t->comm) == from;
+    return poe_channel_open(t->comm, outgoing ? 0 : from, POE_CHANNEL_TRACE, outgoing, PIECE * sizeof(event), 2, t->run,
+                            link);
 }
 
 /* The piece of a rank's `count` events that begins with event `first`; returns its events. */
@@ -314,17 +307,12 @@ static poe_status send_events(const poe_trace *t)
 {
     poe_link *link;
     poe_message message;
-    poe_status status = open_link(t->comm, poe_comm_rank(t->comm), t->run, &link);
+    poe_status status = open_link(t, poe_comm_rank(t->comm), &link);
     if (status != POE_OK)
         return status;
     for (size_t first = 0, n; status == POE_OK && first < t->count; first += n) {
         n = piece_at(poe_comm_rank(t->comm), t->count, first, &message);
-        void *payload;
-        status = poe_link_acquire(link, &message, &payload);
-        if (status != POE_OK)
-            break;
-        memcpy(payload, &t->events[first], n * sizeof(event));
-        status = poe_link_send(link, &message);
+        status = poe_link_send_copy(link, &message, &t->events[first]);
     }
     if (status == POE_OK)
         status = poe_comm_barrier(t->comm, "the trace");
@@ -337,7 +325,7 @@ static poe_status receive_events(const poe_trace *t, int rank, writer *w, poe_st
 {
     poe_link *link;
     poe_message message;
-    poe_status status = open_link(t->comm, rank, t->run, &link);
+    poe_status status = open_link(t, rank, &link);
     if (status != POE_OK)
         return status;
     for (size_t first = 0, n, count = w->all[rank].count; status == POE_OK && first < count; first += n) {
