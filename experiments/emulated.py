@@ -45,13 +45,17 @@ def call(words, timeout):
     return done.stdout
 
 
-def run(words, timeout=600, realtime=False):
-    """Runs poe-pipe with these words and a folder of its own; the steps of its metrics, each with the accounts. realtime:
-    before everything else on the machine, for ranks that only sleep (needs root)."""
+def metrics(words, timeout=600, realtime=False):
+    """Runs poe-pipe with these words and a folder of its own; every object of its metrics. realtime: before everything else
+    on the machine, for ranks that only sleep (needs root)."""
     with tempfile.TemporaryDirectory() as folder:
         call([*(["chrt", "--rr", "1"] if realtime else []), *words, "--out", f"{folder}/run"], timeout)
-        lines = Path(f"{folder}/run/metrics.jsonl").read_text().splitlines()
-    return [step for step in map(json.loads, lines) if "dt" in step]
+        return [json.loads(line) for line in Path(f"{folder}/run/metrics.jsonl").read_text().splitlines()]
+
+
+def run(words, timeout=600, realtime=False):
+    """The steps of such a run, each with its accounts."""
+    return [step for step in metrics(words, timeout, realtime) if "dt" in step]
 
 
 def plan(words):

@@ -10,30 +10,31 @@ with ranks as threads of one process (--launch ranks: as processes under mpiexec
 graph, solved (poe-pipe plan), and the closed form where one holds. Then stages of 16,6,5,5 layers, the ranks of P1's
 table, and real kernels at P = 2 and 4.
 
-Duration on two idle cores: about two hours; --quick: under two minutes, figures worth little. What was measured before, by
-the same command line, is taken from bubble.json: so it can be interrupted and started again (--fresh: everything anew).
-A configuration that would take longer than --limit seconds is left out, and the table says so.
+Duration: about 40 minutes, nearly all of it asleep, with 4 configurations at a time (--workers); --quick: under two minutes,
+figures worth little. On a machine that does other things too --realtime lets emulated ranks, which need a few percent of a
+processor, wake up in time (chrt; needs root); real kernels, measured one by one at the end, want it quiet. What was measured before, by the same
+command line, is taken from points.json: so it can be interrupted and started again (--fresh: everything anew). A
+configuration that would take longer than --limit seconds is left out, and the table says so.
 
 Writes into --out (default runs/bubble): bubble.md (the tables, also on standard output), bubble.json (everything),
-bubble.png (idle share over M).
+bubble.png (idle share over M), points.json (what is finished).
 
 What to expect: poe with --sync stale:D idles for less than 1 % after the fill at every M; everything else is within 2
 points of its theory: (P-1)/(3M+P-1) for poe exact, (P-1)/(M+P-1) for gpipe and 1f1b.
 """
 import argparse
-import array
+import concurrent.futures
 import json
 import os
-import platform
-import random
-import struct
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import emulated  # noqa: E402
+
 SCHEDULES = ["poe exact", "poe stale", "gpipe", "1f1b", "zb-h1", "zb-h2", "ddp"]
 COLOURS = ["#8e44ad", "#1e8449", "#aed6f1", "#ca6f1e", "#7b7d7d", "#1f3a93"]
 RANKS, MICRO = [2, 4, 8, 16, 32, 64, 96], [1, 2, 4, 8, 16, 32]
@@ -45,14 +46,18 @@ STREAMED = 400  # micro-batches of a streaming run, in 12 to 100 steps
 
 # --- configurations ------------------------------------------------------------------------------------------------------
 
-def forward_ms(args, p):
-    """Long enough for waking so many to be late by less than half a percent."""
-    return 5 if args.quick else 20 if p <= 16 else 50
+def forward_ms(args, p, micro):
+    """Long enough for waking so many to be late by less than half a percent, and for what a step costs once."""
+    if args.quick:
+        return 5
+    if p <= 16:
+        return max(20, 80 // micro)
+    return max(50, (100 if p <= 32 else 200) // micro)
 
 
-def stage_times(args, layers, schedule):
+def stage_times(args, layers, schedule, micro):
     """--emulate-compute of stages with so many layers each; under ddp a rank has all of them."""
-    f = forward_ms(args, len(layers))
+    f = forward_ms(args, len(layers), micro)
     if schedule == "ddp":
         return f"forward={f * sum(layers)}ms,backward={2 * f * sum(layers)}ms"
     mean = sum(layers) / len(layers)
@@ -73,20 +78,13 @@ def emulated_flags(args, layers, schedule, micro, delay):
     stages = [sum(layers)] if schedule == "ddp" else layers
     return ["--stages", ",".join(map(str, stages)), "--n-embd", 24, "--n-head", 1, "--sequence-len", TOKENS, "--vocab-size",
             64, "--device-batch-size", 1, "--total-batch-size", TOKENS * micro, "--threads", 1, "--emulate-compute",
-            stage_times(args, layers, schedule), "--net", "none", *schedule_flags(schedule, delay)]
+            stage_times(args, layers, schedule, micro), "--net", "none", *schedule_flags(schedule, delay)]
 
 
 # --- theory ---------------------------------------------------------------------------------------------------------------
 
-def run_json(command):
-    result = subprocess.run([str(word) for word in command], capture_output=True, text=True)
-    if result.returncode:
-        raise OSError(f"{' '.join(map(str, command))}: {result.stderr.strip()}")
-    return json.loads(result.stdout)
-
-
 def plan(args, flags, p):
-    result = run_json([args.build / "poe-pipe", "plan", "--json", *flags])
+    result = emulated.plan([args.build / "poe-pipe", *flags])
     asked = result["cases"][0]
     busy = sum(rank["busy"] for rank in result["ranks"])
     return dict(step=asked["step"], idle=asked["idle"], fill=asked["fill"], delay=min(max(result["smallest_delay"], 1), 128),
@@ -95,17 +93,10 @@ def plan(args, flags, p):
 
 def replicas(args, p, micro):
     """ddp by formula: nothing but the ring's messages is waited for, and they take no time here."""
-    return dict(step=3e-3 * forward_ms(args, p) * micro, idle=0.0, fill=0.0, formula=0.0)
+    return dict(step=3e-3 * forward_ms(args, p, micro) * micro, idle=0.0, fill=0.0, formula=0.0)
 
 
 # --- measurement ----------------------------------------------------------------------------------------------------------
-
-def write_tokens(path, count, vocabulary):
-    rng = random.Random(1)
-    with open(path, "wb") as file:
-        file.write(struct.pack("<256i", 20240520, 1, count, *[0] * 253))
-        file.write(array.array("H", (rng.randrange(vocabulary) for _ in range(count))).tobytes())
-
 
 def launch_flags(args, p, schedule):
     if args.launch == "ranks":
@@ -113,14 +104,8 @@ def launch_flags(args, p, schedule):
     return ["--transport", "inproc", "--ranks", p] if schedule == "ddp" else []
 
 
-def run(args, folder, words):
-    with tempfile.TemporaryDirectory(dir=folder) as aside:
-        command = [str(word) for word in [args.build / "poe-pipe", *words, "--out", f"{aside}/run"]]
-        result = subprocess.run(command, capture_output=True, text=True)
-        if result.returncode:
-            raise OSError(f"{' '.join(command)}: {result.stderr.strip()}")
-        with open(f"{aside}/run/metrics.jsonl") as file:
-            lines = [json.loads(line) for line in file]
+def run(args, words, realtime):
+    lines = emulated.metrics([args.build / "poe-pipe", *words], timeout=3600, realtime=realtime)
     return [line["accounts"] for line in lines if "dt" in line], lines[-1]
 
 
@@ -151,16 +136,15 @@ def measure(args, folder, known, layers, schedule, micro):
     steps = n_steps(args, schedule, micro, delay)
     words = [*launch_flags(args, p, schedule), *flags, "--num-iterations", steps]
     key = " ".join(map(str, words))
-    row = known.get(key)
-    if row:
-        return row
+    if key in known.results:
+        return known[key]
     theory = replicas(args, p, micro) if schedule == "ddp" else plan(args, flags, p)
     row = dict(ranks=p, layers=layers, micro=micro, schedule=schedule, delay=delay, steps=steps, theory=theory, measured=None)
     if theory["step"] * steps + theory["fill"] <= args.limit:
         started = time.monotonic()
-        row["measured"] = shares(*run(args, folder, [*words, "--data", f"{folder}/tokens.bin"]), schedule == "poe stale")
+        row["measured"] = shares(*run(args, [*words, "--data", f"{folder}/tokens.bin"], args.realtime), schedule == "poe stale")
         row["seconds"] = time.monotonic() - started
-        known[key] = row
+        known.put(key, row)
     print(f"P {p}, M {micro}, {schedule}: {cell(row)}", file=sys.stderr, flush=True)
     return row
 
@@ -179,8 +163,8 @@ def measure_kernels(args, folder, p, micro):
                  *schedule_flags(schedule, p)]
         steps = 4 if args.quick else 16
         theory = plan(args, flags, p)
-        measured = shares(*run(args, folder, ["--ranks", p, *flags, "--num-iterations", steps, "--data",
-                                              f"{folder}/words.bin"]), schedule == "poe stale")
+        measured = shares(*run(args, ["--ranks", p, *flags, "--num-iterations", steps, "--data", f"{folder}/words.bin"],
+                               False), schedule == "poe stale")
         rows.append(dict(ranks=p, micro=micro, schedule=schedule, delay=p, steps=steps, theory=theory, measured=measured))
         print(f"real kernels, P {p}, M {micro}, {schedule}: {cell(rows[-1])}", file=sys.stderr, flush=True)
     return rows
@@ -293,17 +277,13 @@ def draw(result, path):
         print(f"no picture: {error}", file=sys.stderr)
 
 
-def machine():
-    with open("/proc/cpuinfo") as file:
-        models = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
-    return f"{models[0] if models else platform.machine()}, {len(os.sched_getaffinity(0))} processors"
-
-
 def parse():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--build", type=Path, default=ROOT / "build", help="build folder (default: build)")
-    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "bubble", help="where results go")
+    parser.add_argument("--build", type=Path, default=emulated.ROOT / "build", help="build folder (default: build)")
+    parser.add_argument("--out", type=Path, default=emulated.ROOT / "runs" / "bubble", help="where results go")
     parser.add_argument("--launch", choices=["threads", "ranks"], default="threads", help="ranks as threads or processes")
+    parser.add_argument("--workers", type=int, default=4, help="emulated configurations that run at once (default 4)")
+    parser.add_argument("--realtime", action="store_true", help="emulated ranks before all else on the machine (root)")
     parser.add_argument("--limit", type=float, default=900, help="seconds that one configuration may take (default 900)")
     parser.add_argument("--fresh", action="store_true", help="measure everything anew")
     parser.add_argument("--quick", action="store_true", help="few and short: does everything work?")
@@ -316,47 +296,41 @@ def parse():
     return args
 
 
-def read_known(args):
+def open_known(args):
     """Rows of an earlier run, by their command lines."""
-    path = args.out / "bubble.json"
-    if args.fresh or not path.is_file():
-        return {}
-    return json.loads(path.read_text()).get("known", {})
-
-
-def write(args, result):
-    (args.out / "bubble.json").write_text(json.dumps(result, indent=1) + "\n")
+    path = args.out / "points.json"
+    if args.fresh:
+        path.unlink(missing_ok=True)
+    return emulated.Points(path)
 
 
 def main():
     args = parse()
     args.out.mkdir(parents=True, exist_ok=True)
-    load, known = os.getloadavg()[0], read_known(args)
-    result = dict(machine=machine(), processors=len(os.sched_getaffinity(0)), grid=[], unequal=[], published=[], kernels=[],
-                  known=known, load="", command=" ".join(["experiments/bubble/run.py"] + sys.argv[1:]),
+    load, known = os.getloadavg()[0], open_known(args)
+    result = dict(machine=emulated.machine(), processors=len(os.sched_getaffinity(0)), grid=[], unequal=[], published=[], kernels=[],
+                  load="", command=" ".join(["experiments/bubble/run.py"] + sys.argv[1:]),
                   ranks="threads of one process" if args.launch == "threads" else "processes")
     cases = [("grid", [1] * p, m, s) for p in args.ranks for m in args.micro for s in schedules_of(p, m)]
     cases += [("unequal", UNEQUAL, m, s) for m in args.micro for s in SCHEDULES if s != "ddp"]
     cases += [("published", [1] * p, 2, s) for p in args.published for s in ("1f1b", "poe exact", "poe stale")]
     with tempfile.TemporaryDirectory() as folder:
-        write_tokens(f"{folder}/tokens.bin", 100000, 64)
-        write_tokens(f"{folder}/words.bin", 100000, 512 if args.quick else 8192)
-        for table, layers, m, schedule in cases:
-            result[table].append(measure(args, folder, known, layers, schedule, m))
-            write(args, result)
+        emulated.write_tokens(Path(f"{folder}/tokens.bin"), 64)
+        emulated.write_tokens(Path(f"{folder}/words.bin"), 512 if args.quick else 8192)
+        with concurrent.futures.ThreadPoolExecutor(args.workers) as pool:
+            rows = pool.map(lambda case: measure(args, folder, known, case[1], case[3], case[2]), cases)
+            for case, row in zip(cases, rows):
+                result[case[0]].append(row)
         for p in (2,) if args.quick else (2, 4):
             for m in args.kernel_micro:
                 result["kernels"] += measure_kernels(args, folder, p, m)
     result["load"] = f"{load:.1f}, {os.getloadavg()[0]:.1f}"
     text = markdown(result)
-    write(args, result)
+    (args.out / "bubble.json").write_text(json.dumps(result, indent=1) + "\n")
     (args.out / "bubble.md").write_text(text + "\n")
     draw(result, args.out / "bubble.png")
     print(text)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except OSError as error:
-        sys.exit(f"{error}")
+    main()
