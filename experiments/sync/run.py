@@ -8,7 +8,7 @@
 Trains the default job once per case and seed, in one process (the bits are those of any number of ranks), and compares
 the held-out BPB of all stages together after the last step with that of --sync exact, fp32, under the same seed.
 
-Duration: 3 to 5 minutes a run on two idle cores, so 2.5 to 4 hours in all. Runs that are finished stay: started again,
+Duration: 3 to 5 minutes a run on two idle cores, so 2.5 to 4 hours in all; with --workers 2 a little less. Runs that are finished stay: started again,
 the script goes on where it was. A run that was made with other flags is made anew.
 
 Writes into --out (default runs/sync):
@@ -18,7 +18,9 @@ Writes into --out (default runs/sync):
     sync.png      BPB of every case: the mean over seeds, bars from the lowest to the highest
 """
 import argparse
+import concurrent.futures
 import json
+import os
 import platform
 import shutil
 import subprocess
@@ -82,14 +84,15 @@ def folder_of(case):
     return case.replace(", ", "-").replace(" ", "-").replace(":", "-")
 
 
-def run_all(program, out, cases, flags, seeds, anew):
-    results = {}
-    for number, seed in enumerate(seeds):
-        for case, own in cases.items():
-            print(f"seed {seed} ({number + 1} of {len(seeds)}): {case}", file=sys.stderr, flush=True)
-            results.setdefault(case, []).append(
-                run(program, out / folder_of(case) / str(seed), [*flags, *own, "--seed", str(seed)], anew))
-    return results
+def run_all(program, out, cases, flags, seeds, anew, workers):
+    """By case, in the order of seeds; made seed by seed."""
+    def one(seed, case):
+        print(f"seed {seed}: {case}", file=sys.stderr, flush=True)
+        return run(program, out / folder_of(case) / str(seed), [*flags, *cases[case], "--seed", str(seed)], anew)
+
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        waiting = {(seed, case): pool.submit(one, seed, case) for seed in seeds for case in cases}
+        return {case: [waiting[seed, case].result() for seed in seeds] for case in cases}
 
 
 # --- table and picture -----------------------------------------------------------------------------------------------
@@ -143,6 +146,7 @@ def plot(results, path):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a tiny model: does the script work?")
+    parser.add_argument("--workers", type=int, default=1, help="runs at once, each with its share of the processors")
     parser.add_argument("--build", default=ROOT / "build", type=Path, help="where poe-pipe was built")
     parser.add_argument("--out", type=Path, help="folder of runs, table and picture")
     args = parser.parse_args()
@@ -151,7 +155,8 @@ def main():
     if args.quick:
         cases = {case: cases[case] for case in QUICK}
     seeds = (0, 1) if args.quick else (0, 1, 2)
-    results = run_all(args.build / "poe-pipe", out, cases, TINY if args.quick else [], seeds, args.quick)
+    threads = ["--threads", str(max(1, len(os.sched_getaffinity(0)) // args.workers))]
+    results = run_all(args.build / "poe-pipe", out, cases, TINY if args.quick else threads, seeds, args.quick, args.workers)
     (out / "sync.json").write_text(json.dumps(results, indent=1))
     text = table(results, seeds)
     (out / "sync.md").write_text(text)
