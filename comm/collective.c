@@ -138,6 +138,86 @@ static poe_status transfer(poe_chain *chain, call_kind kind, bool sending, int p
     return poe_part_wait(&chain->part, &wait, is_done);
 }
 
+/* --- the journal ------------------------------------------------------------------------------------------------------ */
+void poe_comm_journal(poe_comm *comm, unsigned char *journal, _Atomic uint64_t *bytes, bool replay)
+{
+    if (comm->journal.replay && !journal)
+        poe_chain_restore(comm);
+    comm->journal = (poe_journal){.at = journal, .bytes = bytes, .replay = replay};
+}
+
+bool poe_comm_replays(const poe_comm *comm)
+{
+    const poe_board *board = poe_comm_board(comm);
+    return comm->journal.replay || (board && comm->chain->calls < atomic_load(&board->calls));
+}
+
+/* Writes an outcome down, or reads it. */
+static void keep(poe_comm *comm, void *value, size_t bytes)
+{
+    poe_journal *j = &comm->journal;
+    if (!j->at || !bytes)
+        return;
+    if (j->replay) {
+        assert(j->read + bytes <= atomic_load(j->bytes));
+        memcpy(value, j->at + j->read, bytes);
+        j->read += bytes;
+    } else {
+        memcpy(j->at + atomic_load(j->bytes), value, bytes);
+        atomic_fetch_add(j->bytes, bytes);
+    }
+}
+
+void poe_comm_remember(poe_comm *comm, void *value, size_t bytes)
+{
+    keep(comm, value, bytes);
+}
+
+/* A bracket begins with where it ends. */
+bool poe_comm_begin_once(poe_comm *comm)
+{
+    poe_journal *j = &comm->journal;
+    uint64_t end = 0;
+    j->once = j->at ? atomic_load(j->bytes) : 0;
+    keep(comm, &end, sizeof(end));
+    if (!j->replay)
+        return true;
+    j->read = end;
+    return false;
+}
+
+void poe_comm_end_once(poe_comm *comm)
+{
+    poe_journal *j = &comm->journal;
+    uint64_t end = j->at ? atomic_load(j->bytes) : 0;
+    if (j->at && !j->replay)
+        memcpy(j->at + j->once, &end, sizeof(end));
+}
+
+/* The call is over, for a process after this one too. */
+static void complete(poe_comm *comm, void *outcome, size_t bytes)
+{
+    poe_board *board = poe_comm_board(comm);
+    keep(comm, outcome, bytes);
+    if (board && comm->chain->calls > atomic_load(&board->calls))
+        atomic_store(&board->calls, comm->chain->calls);
+}
+
+void poe_chain_restore(poe_comm *comm)
+{
+    const poe_part_state *state = poe_part_restored(comm, POE_PART_CHAIN, -1, 0);
+    if (state)
+        comm->chain->calls = (int64_t)state->counts[0];
+}
+
+static void stand(const poe_part *part, poe_part_state *state, poe_traffic *traffic)
+{
+    const poe_chain *chain = (const poe_chain *)part;
+    (void)traffic; /* a call takes in all that it asks for */
+    *state = (poe_part_state){.kind = POE_PART_CHAIN, .peer = -1, .counts = {(uint64_t)chain->calls}};
+}
+
+/* --- the calls -------------------------------------------------------------------------------------------------------- */
 static bool holds(branch b, int rank)
 {
     return b.first <= rank && rank < b.end;
@@ -159,6 +239,10 @@ static poe_status gather(poe_comm *comm, call_kind kind, const char *name, const
     poe_status status = atomic_load(&comm->status);
     chain->calls++;
     chain->name = name;
+    if (comm->journal.replay) {
+        keep(comm, all, (size_t)whole.end * bytes);
+        return status;
+    }
     for (int i = 0; status == POE_OK && i < chain->n_children; i++)
         status = transfer_branch(chain, kind, false, chain->children[i].first, chain->children[i], all, bytes);
     if (bytes)
@@ -169,6 +253,8 @@ static poe_status gather(poe_comm *comm, call_kind kind, const char *name, const
         status = transfer_branch(chain, kind, false, chain->parent, whole, all, bytes);
     for (int i = 0; status == POE_OK && i < chain->n_children; i++)
         status = transfer_branch(chain, kind, true, chain->children[i].first, whole, all, bytes);
+    if (status == POE_OK)
+        complete(comm, all, (size_t)whole.end * bytes);
     return status;
 }
 
@@ -192,6 +278,10 @@ poe_status poe_comm_broadcast(poe_comm *comm, int root, void *data, size_t bytes
     poe_status status = atomic_load(&comm->status);
     chain->calls++;
     chain->name = "a broadcast";
+    if (comm->journal.replay) {
+        keep(comm, data, bytes);
+        return status;
+    }
     for (int i = 0; status == POE_OK && i < chain->n_children; i++)
         status = transfer(chain, BROADCAST, false, chain->children[i].first, data,
                           holds(chain->children[i], root) ? bytes : 0);
@@ -202,6 +292,8 @@ poe_status poe_comm_broadcast(poe_comm *comm, int root, void *data, size_t bytes
     for (int i = 0; status == POE_OK && i < chain->n_children; i++)
         if (!holds(chain->children[i], root))
             status = transfer(chain, BROADCAST, true, chain->children[i].first, data, bytes);
+    if (status == POE_OK)
+        complete(comm, data, bytes);
     return status;
 }
 
@@ -260,7 +352,8 @@ poe_status poe_chain_create(poe_comm *comm)
         return POE_FAILED;
     }
     chain->outcomes = outcomes;
-    chain->part = (poe_part){.comm = comm, .advance = advance, .operations = chain->operations, .n_operations = 2};
+    chain->part = (poe_part){
+        .comm = comm, .advance = advance, .operations = chain->operations, .n_operations = 2, .stand = stand};
     comm->chain = chain;
     take_place(chain, poe_comm_rank(comm), poe_comm_size(comm));
     if (chain->parent >= 0)

@@ -5,6 +5,7 @@
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 #include <sys/prctl.h>
 
 #include "comm/comm_impl.h"
@@ -30,6 +31,11 @@ const char *poe_comm_transport(const poe_comm *comm)
     return comm->transport->ops->name;
 }
 
+struct poe_board *poe_comm_board(const poe_comm *comm)
+{
+    return comm->transport->board;
+}
+
 const char *poe_comm_emulated(const poe_comm *comm)
 {
     return comm->transport->emulated;
@@ -50,6 +56,16 @@ void poe_comm_configure(poe_comm *comm, const poe_comm_settings *settings)
     poe_comm_wake(comm);
 }
 
+/* For the agent; NULL: the rank waits. */
+static void note_doing(poe_comm *comm, const char *what)
+{
+    poe_board *board = comm->transport->board;
+    if (!board)
+        return;
+    atomic_store(&board->place.doing, what);
+    atomic_fetch_add(&board->place.entered, 1);
+}
+
 void poe_comm_doing(poe_comm *comm, const char *what, int64_t step, int micro)
 {
     pthread_mutex_lock(&comm->lock);
@@ -57,6 +73,12 @@ void poe_comm_doing(poe_comm *comm, const char *what, int64_t step, int micro)
     comm->doing_step = step;
     comm->doing_micro = micro;
     pthread_mutex_unlock(&comm->lock);
+    poe_board *board = comm->transport->board;
+    if (board) {
+        atomic_store(&board->place.step, step);
+        atomic_store(&board->place.micro, micro);
+    }
+    note_doing(comm, what);
 }
 
 void poe_comm_request_report(poe_comm *comm)
@@ -140,6 +162,7 @@ void poe_part_send(poe_part *part, int peer, int channel, const void *data, size
     poe_transport *transport = part->comm->transport;
     *op = (poe_operation){0};
     part->comm->tally.messages_sent++;
+    poe_traffic_of(part->comm->traffic, peer, channel)->sent++;
     part->comm->tally.bytes_sent += bytes;
     transport->ops->send(transport, peer, channel, data, bytes, op);
 }
@@ -149,6 +172,7 @@ void poe_part_receive(poe_part *part, int peer, int channel, void *data, size_t 
     poe_transport *transport = part->comm->transport;
     *op = (poe_operation){0};
     part->comm->tally.messages_received++;
+    poe_traffic_of(part->comm->traffic, peer, channel)->received++;
     part->comm->tally.bytes_received += bytes;
     transport->ops->receive(transport, peer, channel, data, bytes, op);
 }
@@ -195,6 +219,7 @@ poe_status poe_part_wait(poe_part *part, poe_wait *wait, bool (*ready)(const poe
     poe_comm *comm = part->comm;
     wait->since = wait->said = poe_now();
     wait->since_wall = time(NULL);
+    note_doing(comm, NULL);
     pthread_mutex_lock(&comm->lock);
     account(comm, wait->since);
     comm->wait = wait;
@@ -205,6 +230,7 @@ poe_status poe_part_wait(poe_part *part, poe_wait *wait, bool (*ready)(const poe
     comm->wait = NULL;
     *wait->account += now - wait->since;
     pthread_mutex_unlock(&comm->lock);
+    note_doing(comm, comm->doing);
     const poe_comm_observer *o = &comm->observer;
     if (o->waited)
         o->waited(o->context, kind_of(comm, wait), atomic_load(wait->peer), wait->channel, wait->since, now);
@@ -262,6 +288,107 @@ static void publish(poe_comm *comm, bool moved)
     pthread_mutex_unlock(&comm->lock);
 }
 
+/* --- standing still --------------------------------------------------------------------------------------------------- */
+static bool is_settled(const poe_comm *comm)
+{
+    for (const poe_part *part = comm->parts; part; part = part->next)
+        if (part->settled && !part->settled(part))
+            return false;
+    return comm->transport->ops->settled(comm->transport);
+}
+
+/* The helper thread: stands still for as long as the rank's thread wishes. */
+static void hold_still(poe_comm *comm)
+{
+    pthread_mutex_lock(&comm->lock);
+    if (comm->hold == POE_HOLD_WANTED && is_settled(comm)) {
+        comm->hold = POE_HELD;
+        pthread_cond_broadcast(&comm->changed);
+        while (comm->hold == POE_HELD)
+            pthread_cond_wait(&comm->changed, &comm->lock);
+    }
+    pthread_mutex_unlock(&comm->lock);
+}
+
+static poe_status hold(poe_comm *comm)
+{
+    pthread_mutex_lock(&comm->lock);
+    comm->hold = POE_HOLD_WANTED;
+    poe_comm_wake(comm);
+    while (comm->hold != POE_HELD && !poe_comm_lost(comm))
+        pthread_cond_wait(&comm->changed, &comm->lock);
+    bool held = comm->hold == POE_HELD;
+    if (!held)
+        comm->hold = POE_MOVING;
+    pthread_mutex_unlock(&comm->lock);
+    return held ? POE_OK : POE_PEER_LOST;
+}
+
+void poe_comm_resume(poe_comm *comm)
+{
+    pthread_mutex_lock(&comm->lock);
+    comm->hold = POE_MOVING;
+    pthread_cond_broadcast(&comm->changed);
+    pthread_mutex_unlock(&comm->lock);
+}
+
+static size_t traffic_bytes(const poe_comm *comm)
+{
+    return (size_t)poe_comm_size(comm) * POE_CHANNELS * sizeof(poe_traffic);
+}
+
+poe_status poe_comm_pause(poe_comm *comm, poe_comm_state *state, poe_traffic *traffic)
+{
+    poe_status status = hold(comm);
+    if (status != POE_OK)
+        return status;
+    state->n_parts = 0;
+    memcpy(traffic, comm->traffic, traffic_bytes(comm));
+    for (const poe_part *part = comm->parts; part; part = part->next)
+        if (part->stand) {
+            assert(state->n_parts < POE_COMM_PARTS);
+            part->stand(part, &state->parts[state->n_parts++], traffic);
+        }
+    return POE_OK;
+}
+
+poe_status poe_comm_restore(poe_comm *comm, const poe_comm_state *state, const poe_traffic *traffic)
+{
+    poe_status status = hold(comm);
+    if (status != POE_OK)
+        return status;
+    comm->restored = *state;
+    for (size_t i = 0; i < (size_t)poe_comm_size(comm) * POE_CHANNELS; i++) {
+        comm->traffic[i].sent += traffic[i].sent;
+        comm->traffic[i].received += traffic[i].received;
+    }
+    poe_comm_resume(comm);
+    return POE_OK;
+}
+
+const poe_part_state *poe_part_restored(const poe_comm *comm, int kind, int peer, int channel)
+{
+    for (int i = 0; i < comm->restored.n_parts; i++) {
+        const poe_part_state *s = &comm->restored.parts[i];
+        if (s->kind == kind && s->peer == peer && s->channel == channel)
+            return s;
+    }
+    return NULL;
+}
+
+/* What the agent wishes to know and to tell. */
+static void attend_agent(poe_comm *comm)
+{
+    poe_board *board = comm->transport->board;
+    if (!board)
+        return;
+    atomic_fetch_add(&board->beats, 1);
+    if (atomic_load(&board->stop))
+        atomic_store(&comm->stop, true);
+    if (atomic_exchange(&board->report, false))
+        atomic_store(&comm->report, true);
+}
+
 static void *help(void *arg)
 {
     poe_comm *comm = arg;
@@ -272,11 +399,13 @@ static void *help(void *arg)
         double pause = moved ? 0 : comm->due - poe_now();
         moved = comm->transport->ops->progress(comm->transport, pause > 0 ? pause : 0);
         serve_requests(comm);
+        attend_agent(comm);
         /* After a loss only the watch goes on, which is always the last part: it tells the others. */
         for (poe_part *part = comm->parts; part; part = part->next)
             if (!part->next || !poe_comm_lost(comm))
                 moved |= part->advance(part);
         publish(comm, moved);
+        hold_still(comm);
     }
     poe_log_attach(NULL);
     return NULL;
@@ -306,6 +435,7 @@ static void free_comm(poe_comm *comm)
         pthread_join(comm->thread, NULL);
     }
     comm->transport->ops->destroy(comm->transport);
+    free(comm->traffic);
     pthread_cond_destroy(&comm->changed);
     pthread_mutex_destroy(&comm->lock);
     free(comm);
@@ -314,12 +444,16 @@ static void free_comm(poe_comm *comm)
 poe_status poe_comm_create(poe_transport *transport, const poe_comm_settings *settings, poe_comm **comm)
 {
     poe_comm *c = calloc(1, sizeof(*c));
-    if (!c) {
+    poe_traffic *traffic = calloc((size_t)transport->size * POE_CHANNELS, sizeof(*traffic));
+    if (!c || !traffic) {
         poe_error("out of memory for the connection to the other ranks");
+        free(traffic);
+        free(c);
         transport->ops->destroy(transport);
         return POE_FAILED;
     }
     c->transport = transport;
+    c->traffic = traffic;
     c->log = poe_log_current();
     c->accounted = poe_now();
     pthread_mutex_init(&c->lock, NULL);

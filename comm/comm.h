@@ -34,6 +34,8 @@ int poe_comm_size(const poe_comm *comm);
 int poe_comm_host_ranks(const poe_comm *comm); /* ranks of this job on this rank's host, itself included */
 const char *poe_comm_transport(const poe_comm *comm); /* "inproc", "mpi", "fabric" */
 const char *poe_comm_emulated(const poe_comm *comm); /* lines that say how the network is emulated; NULL: it is real */
+/* Of a stage process that an agent looks after (comm/agent/board.h); NULL: there is none. */
+struct poe_board *poe_comm_board(const poe_comm *comm);
 /* Applies from now on (the deadline is a flag, known only after the start). NULL: the defaults. */
 void poe_comm_configure(poe_comm *comm, const poe_comm_settings *settings);
 /* Stops the helper thread and frees everything; collective with the other ranks when `orderly` (outstanding sends are
@@ -121,6 +123,42 @@ poe_status poe_reduce_begin(poe_reduce *reduce, int64_t step, const float *own, 
 /* Waits until the total of the oldest begun vector, which must be that of `step`, is there, and this rank has passed it
  * on, so that the memory is the caller's again. */
 poe_status poe_reduce_end(poe_reduce *reduce, int64_t step);
+
+/* --- going on in another process ------------------------------------------------------------------------------------------ */
+/* Where links, sums and collective calls stand between two calls of the rank; plain memory. */
+enum { POE_COMM_PARTS = 128 };
+typedef struct poe_part_state {
+    int32_t kind, peer, channel, unused;
+    uint64_t counts[3]; /* the part's own */
+} poe_part_state;
+typedef struct poe_comm_state {
+    int32_t n_parts;
+    poe_part_state parts[POE_COMM_PARTS];
+} poe_comm_state;
+
+struct poe_traffic;
+/* Stops the helper thread, once what was handed over can no longer be lost with this process, and says where everything
+ * stands: `traffic` (size, POE_CHANNELS) counts the messages of every channel (comm/agent/board.h). Until poe_comm_resume()
+ * nothing moves, and vectors under way in a sum keep their contents. The transport must have settled(). */
+poe_status poe_comm_pause(poe_comm *comm, poe_comm_state *state, struct poe_traffic *traffic);
+void poe_comm_resume(poe_comm *comm);
+/* Before links and sums are opened: they, and collective calls after the journal, go on from there; both are copied.
+ * Vectors that were under way in a sum must be begun again, with the contents they had, before anything else is asked of
+ * it. */
+poe_status poe_comm_restore(poe_comm *comm, const poe_comm_state *state, const struct poe_traffic *traffic);
+
+/* From now on the outcome of every collective call is written to `journal` (of another process's memory, so that it
+ * survives) and *bytes counted up; or, with `replay`, taken from there instead of from the other ranks. Until
+ * poe_comm_journal(comm, NULL, ...). */
+void poe_comm_journal(poe_comm *comm, unsigned char *journal, _Atomic uint64_t *bytes, bool replay);
+/* True when the next collective call was already completed by a process before this one: then what is done beside it is
+ * done, and not to be done again. */
+bool poe_comm_replays(const poe_comm *comm);
+/* Brackets a part of the journal that is not to be repeated, collective calls and all: false when it is replayed. Its
+ * results are to be remembered after the end: what this rank has found out, and might find otherwise a second time. */
+bool poe_comm_begin_once(poe_comm *comm);
+void poe_comm_end_once(poe_comm *comm);
+void poe_comm_remember(poe_comm *comm, void *value, size_t bytes);
 
 /* --- watching -------------------------------------------------------------------------------------------------------------- */
 typedef struct poe_comm_stats {

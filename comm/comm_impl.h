@@ -11,6 +11,7 @@
 #include <stdatomic.h>
 #include <time.h>
 
+#include "comm/agent/board.h"
 #include "comm/message.h"
 #include "comm/transport.h"
 #include "src/log.h"
@@ -23,7 +24,23 @@ struct poe_part {
     poe_operation *operations;       /* all that the part ever starts; done while idle */
     int n_operations;
     atomic_int sending;              /* sends of payload under way, for the account of overlap */
+    /* For poe_comm_pause(); each may be NULL. Whether all that the rank's thread has handed over was sent; and, while the
+     * helper thread stands still, where the part is: its own counts, and what it has asked for ahead taken out of traffic. */
+    bool (*settled)(const poe_part *part);
+    void (*stand)(const poe_part *part, poe_part_state *state, poe_traffic *traffic);
 };
+
+enum { POE_PART_SENDER = 1, POE_PART_RECEIVER, POE_PART_REDUCE, POE_PART_CHAIN }; /* kinds of a poe_part_state */
+
+typedef enum poe_hold { POE_MOVING, POE_HOLD_WANTED, POE_HELD } poe_hold;
+
+/* The outcomes of collective calls, in the memory of another process (poe_comm_journal()). */
+typedef struct poe_journal {
+    unsigned char *at; /* NULL: none */
+    _Atomic uint64_t *bytes;
+    uint64_t read, once; /* once: where the bracket that is being written began */
+    bool replay;
+} poe_journal;
 
 /* What the rank's thread waits for, for the watch and for people. */
 typedef struct poe_wait {
@@ -61,12 +78,16 @@ struct poe_comm {
     poe_comm_stats stats;
     double accounted; /* transfer and transfer_busy are right up to here */
     bool sending;
+    poe_hold hold;
 
+    poe_comm_state restored; /* the rank's thread's, as are the next two */
+    poe_journal journal;
     poe_comm_observer observer; /* the rank's thread's */
 
     poe_part *parts; /* the helper thread's, as is the rest */
     double due;       /* when it must look again, even if nothing happens */
     poe_comm_stats tally;
+    poe_traffic *traffic; /* (size, POE_CHANNELS) operations started */
 };
 
 /* --- comm.c ------------------------------------------------------------------------------------------------------- */
@@ -77,6 +98,12 @@ static inline bool poe_comm_lost(const poe_comm *comm)
 /* Says the sentence, unless the comm is lost already, and loses the comm. Either thread, without the lock. */
 void poe_comm_lose(poe_comm *comm, const char *format, ...) __attribute__((format(printf, 2, 3)));
 void poe_comm_wake(poe_comm *comm);
+static inline poe_traffic *poe_traffic_of(poe_traffic *traffic, int peer, int channel)
+{
+    return &traffic[(size_t)peer * POE_CHANNELS + (size_t)channel];
+}
+/* Where a part that is opened now stood in the process before this one; NULL: there was none. */
+const poe_part_state *poe_part_restored(const poe_comm *comm, int kind, int peer, int channel);
 
 /* Hands a part to the helper thread, takes it back. After detaching nothing is started for it; true when every
  * operation has ended, so that its memory may be freed. */
@@ -107,5 +134,7 @@ poe_status poe_chain_create(poe_comm *comm);
 void poe_chain_destroy(poe_comm *comm); /* detaches it first */
 /* The last barrier: while it lasts, peers may leave. */
 poe_status poe_chain_end(poe_comm *comm);
+/* After the journal: calls are counted on from where the process before this one stood. */
+void poe_chain_restore(poe_comm *comm);
 
 #endif

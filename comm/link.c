@@ -36,6 +36,7 @@ struct poe_link {
     uint64_t framed;        /* ... frames read, and receives of their payloads posted */
     uint64_t credited;      /* ... credits received, or returned */
     bool listening;         /* ... the receive of a credit is posted */
+    bool resumed;           /* a process before this one has sent more than it knows of: credits may be ahead */
 };
 
 static poe_link *link_of(poe_part *part)
@@ -124,12 +125,13 @@ static bool take_credit(poe_link *link)
         return false;
     }
     uint64_t released = got.message.data_hash;
-    if (released <= link->credited || released > link->begun) {
+    if (released > link->begun && !link->resumed) {
         snprintf(why, sizeof(why), "it returns %" PRIu64 " credits, of %" PRIu64 " given", released, link->begun);
         refuse(link, why);
         return false;
     }
-    link->credited = released;
+    if (released > link->credited) /* a receiver that had to start again counts up once more */
+        link->credited = released;
     poe_watch_heard(link->part.comm, link->peer, poe_now());
     listen_for_credit(link);
     return true;
@@ -225,6 +227,45 @@ static bool advance_receiver(poe_part *part)
     return moved;
 }
 
+/* --- going on in another process ---------------------------------------------------------------------------------- */
+static bool is_settled(const poe_part *part)
+{
+    const poe_link *link = (const poe_link *)part;
+    return !link->outgoing || link->begun == atomic_load(&link->given);
+}
+
+static void stand(const poe_part *part, poe_part_state *state, poe_traffic *traffic)
+{
+    const poe_link *link = (const poe_link *)part;
+    uint64_t given = atomic_load(&link->given);
+    *state = (poe_part_state){.kind = link->outgoing ? POE_PART_SENDER : POE_PART_RECEIVER,
+                              .peer = atomic_load(&link->peer),
+                              .channel = link->channel,
+                              .counts = {given}};
+    if (link->outgoing)
+        return;
+    assert(link->lent == given);
+    poe_traffic_of(traffic, link->peer, link->channel)->received -= link->begun - given;
+    for (uint64_t i = given; i < link->framed; i++)
+        if (link->frames[slot_of(link, i)].message.bytes)
+            poe_traffic_of(traffic, link->peer, link->channel + POE_CHANNEL_PAYLOAD)->received--;
+}
+
+/* Credits are asked for, and returned, anew: they say how many there have been in all. */
+static void resume(poe_link *link)
+{
+    int kind = link->outgoing ? POE_PART_SENDER : POE_PART_RECEIVER;
+    const poe_part_state *state = poe_part_restored(link->part.comm, kind, link->peer, link->channel);
+    if (!state)
+        return;
+    link->resumed = true;
+    link->given = link->begun = state->counts[0];
+    if (link->outgoing)
+        link->sent = link->given;
+    else
+        link->ready = link->lent = link->framed = link->given;
+}
+
 /* --- opening and closing ------------------------------------------------------------------------------------------ */
 static void free_link(poe_link *link)
 {
@@ -267,6 +308,9 @@ poe_status poe_link_open(poe_comm *comm, const poe_link_settings *settings, poe_
     l->run = settings->run;
     l->part.comm = comm;
     l->part.advance = l->outgoing ? advance_sender : advance_receiver;
+    l->part.settled = is_settled;
+    l->part.stand = stand;
+    resume(l);
     poe_watch_add(comm, settings->peer);
     poe_part_attach(&l->part);
     *link = l;

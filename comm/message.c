@@ -111,3 +111,27 @@ bool poe_frame_payload_whole(const poe_frame *frame, const void *payload, char w
              frame->payload_crc);
     return false;
 }
+
+void poe_beat_encode(const char *text, uint32_t flags, unsigned char wire[POE_BEAT_BYTES])
+{
+    unsigned char *copy = wire + POE_FRAME_BYTES;
+    memset(copy, 0, POE_BEAT_TEXT);
+    memcpy(copy, text, strnlen(text, POE_BEAT_TEXT - 1));
+    poe_frame frame = {.type = POE_FRAME_BEAT,
+                       .payload_crc = poe_crc32c(0, copy, POE_BEAT_TEXT),
+                       .message = {.flags = flags, .bytes = POE_BEAT_TEXT}};
+    poe_frame_encode(&frame, wire);
+}
+
+bool poe_beat_decode(const unsigned char wire[POE_BEAT_BYTES], uint32_t *flags, char text[POE_BEAT_TEXT],
+                     char why[POE_WHY_BYTES])
+{
+    poe_frame got, expected = {.type = POE_FRAME_BEAT, .message.bytes = POE_BEAT_TEXT};
+    if (!poe_frame_decode(wire, &got, why) || !poe_frame_matches(&got, &expected, why) ||
+        !poe_frame_payload_whole(&got, wire + POE_FRAME_BYTES, why))
+        return false;
+    *flags = got.message.flags;
+    memcpy(text, wire + POE_FRAME_BYTES, POE_BEAT_TEXT);
+    text[POE_BEAT_TEXT - 1] = 0;
+    return true;
+}

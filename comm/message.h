@@ -38,4 +38,11 @@ bool poe_frame_matches(const poe_frame *got, const poe_frame *expected, char why
 /* False when the payload is not the one that was sent. */
 bool poe_frame_payload_whole(const poe_frame *frame, const void *payload, char why[POE_WHY_BYTES]);
 
+/* A heartbeat: a frame and a text behind it, of the same length whatever it says. The text is cut if need be. */
+enum { POE_BEAT_TEXT = 224, POE_BEAT_BYTES = POE_FRAME_BYTES + POE_BEAT_TEXT };
+void poe_beat_encode(const char *text, uint32_t flags, unsigned char wire[POE_BEAT_BYTES]);
+/* False when it is no whole heartbeat; `why` says so. */
+bool poe_beat_decode(const unsigned char wire[POE_BEAT_BYTES], uint32_t *flags, char text[POE_BEAT_TEXT],
+                     char why[POE_WHY_BYTES]);
+
 #endif

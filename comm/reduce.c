@@ -412,6 +412,39 @@ static bool advance(poe_part *part)
     return moved;
 }
 
+/* --- going on in another process ---------------------------------------------------------------------------------- */
+static void take_out(const poe_reduce *r, const chunk_ring *ring, int peer, poe_traffic *traffic)
+{
+    poe_traffic_of(traffic, peer, r->channel)->received -= ring->posted - ring->taken;
+    for (uint64_t q = ring->taken; q < ring->framed; q++)
+        if (ring->messages[q % DEPTH].bytes)
+            poe_traffic_of(traffic, peer, r->channel + POE_CHANNEL_PAYLOAD)->received--;
+}
+
+static void stand(const poe_part *part, poe_part_state *state, poe_traffic *traffic)
+{
+    const poe_reduce *r = (const poe_reduce *)part;
+    *state = (poe_part_state){.kind = POE_PART_REDUCE,
+                              .peer = -1,
+                              .channel = r->channel,
+                              .counts = {r->ended, r->down.taken, r->up.taken}};
+    if (r->previous >= 0)
+        take_out(r, &r->down, r->previous, traffic);
+    if (r->next >= 0)
+        take_out(r, &r->up, r->next, traffic);
+}
+
+static void resume(poe_reduce *r)
+{
+    const poe_part_state *state = poe_part_restored(r->part.comm, POE_PART_REDUCE, -1, r->channel);
+    if (!state)
+        return;
+    r->begun = r->ended = state->counts[0];
+    r->down.posted = r->down.framed = r->down.taken = state->counts[1];
+    r->up.posted = r->up.framed = r->up.taken = state->counts[2];
+    r->finished = (r->next >= 0 ? r->up.taken : r->down.taken) / r->chunks;
+}
+
 /* --- opening and closing ------------------------------------------------------------------------------------------ */
 static void free_reduce(poe_reduce *r)
 {
@@ -495,6 +528,8 @@ poe_status poe_reduce_open(poe_comm *comm, const poe_reduce_settings *settings, 
     r->run = settings->run;
     r->part.comm = comm;
     r->part.advance = advance;
+    r->part.stand = stand;
+    resume(r);
     if (r->previous >= 0)
         poe_watch_add(comm, r->previous);
     if (r->next >= 0)

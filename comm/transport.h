@@ -44,6 +44,10 @@ typedef struct poe_transport_ops {
     void (*destroy)(poe_transport *transport);
     /* For tests: breaks the connection with `peer` as a failing network would. NULL: there are none of its own. */
     void (*cut)(poe_transport *transport, int peer);
+    /* progress() also ends while `fd` is readable, from then on; -1: no more. NULL: it cannot. */
+    void (*watch)(poe_transport *transport, int fd);
+    /* True when all that was sent would reach its peers even if this process died now. NULL: it never would. */
+    bool (*settled)(const poe_transport *transport);
 } poe_transport_ops;
 
 struct poe_transport {
@@ -51,6 +55,7 @@ struct poe_transport {
     int rank, size, host_ranks;
     const char *host;
     const char *emulated; /* lines that say how a decorator changes the network; NULL: the network is real */
+    struct poe_board *board; /* of a stage process that its agent can start again (comm/agent/board.h); else NULL */
 };
 
 /* A comm on a transport, which it owns from then on, also on failure. Starts the helper thread, which speaks for the

@@ -10,9 +10,7 @@
 
 #include "comm/comm_impl.h"
 #include "src/clock.h"
-#include "src/crc32c.h"
 
-enum { TEXT_BYTES = 224, BEAT_BYTES = POE_FRAME_BYTES + TEXT_BYTES };
 enum { STOP = 1, LEAVING = 2, GONE = 4 }; /* flags of a beat */
 
 /* What a departed rank sent last may still be on its way when its farewell is here. */
@@ -27,8 +25,8 @@ typedef struct peer {
     double presence_since;
     double beaten;      /* when the last beat was sent */
     unsigned told;      /* news that it contained */
-    char text[TEXT_BYTES];
-    unsigned char in[BEAT_BYTES], out[BEAT_BYTES];
+    char text[POE_BEAT_TEXT];
+    unsigned char in[POE_BEAT_BYTES], out[POE_BEAT_BYTES];
 } peer;
 
 struct poe_watch {
@@ -58,22 +56,22 @@ static void format_time(time_t wall, char text[16])
 }
 
 /* What the rank's thread is up to, in words. */
-static void describe(poe_comm *comm, char text[TEXT_BYTES])
+static void describe(poe_comm *comm, char text[POE_BEAT_TEXT])
 {
     char since[16];
     pthread_mutex_lock(&comm->lock);
     if (comm->wait) {
         format_time(comm->wait->since_wall, since);
-        snprintf(text, TEXT_BYTES, "waiting for %s from rank %d since %s", comm->wait->text,
+        snprintf(text, POE_BEAT_TEXT, "waiting for %s from rank %d since %s", comm->wait->text,
                  atomic_load(comm->wait->peer), since);
     } else if (!comm->doing) {
-        snprintf(text, TEXT_BYTES, "at work");
+        snprintf(text, POE_BEAT_TEXT, "at work");
     } else {
-        int used = snprintf(text, TEXT_BYTES, "%.64s", comm->doing);
+        int used = snprintf(text, POE_BEAT_TEXT, "%.64s", comm->doing);
         if (comm->doing_step >= 0)
-            used += snprintf(text + used, (size_t)(TEXT_BYTES - used), ", step %" PRId64, comm->doing_step);
+            used += snprintf(text + used, (size_t)(POE_BEAT_TEXT - used), ", step %" PRId64, comm->doing_step);
         if (comm->doing_micro >= 0)
-            snprintf(text + used, (size_t)(TEXT_BYTES - used), ", micro-batch %d", comm->doing_micro);
+            snprintf(text + used, (size_t)(POE_BEAT_TEXT - used), ", micro-batch %d", comm->doing_micro);
     }
     pthread_mutex_unlock(&comm->lock);
 }
@@ -84,16 +82,11 @@ static void beat(poe_watch *watch, int rank, unsigned news, double now)
     static const uint32_t flags_of[] = {[POE_HERE] = 0, [POE_LEAVING] = LEAVING, [POE_GONE] = GONE};
     poe_comm *comm = watch->part.comm;
     peer *p = &watch->peers[rank];
-    char *text = (char *)p->out + POE_FRAME_BYTES;
-    memset(text, 0, TEXT_BYTES);
+    char text[POE_BEAT_TEXT];
     describe(comm, text);
-    poe_frame frame = {.type = POE_FRAME_BEAT,
-                       .payload_crc = poe_crc32c(0, text, TEXT_BYTES),
-                       .message = {.flags = flags_of[atomic_load(&watch->presence)], .bytes = TEXT_BYTES}};
-    if (atomic_load(&comm->stop))
-        frame.message.flags |= STOP;
-    poe_frame_encode(&frame, p->out);
-    poe_part_send(&watch->part, rank, POE_CHANNEL_BEAT, p->out, BEAT_BYTES, out_operation(watch, rank));
+    uint32_t flags = flags_of[atomic_load(&watch->presence)] | (atomic_load(&comm->stop) ? STOP : 0);
+    poe_beat_encode(text, flags, p->out);
+    poe_part_send(&watch->part, rank, POE_CHANNEL_BEAT, p->out, POE_BEAT_BYTES, out_operation(watch, rank));
     p->beaten = now;
     p->told = news;
 }
@@ -124,7 +117,7 @@ static bool send_beats(poe_watch *watch, double now, double period)
 /* --- beats in ----------------------------------------------------------------------------------------------------- */
 static void listen_to(poe_watch *watch, int rank)
 {
-    poe_part_receive(&watch->part, rank, POE_CHANNEL_BEAT, watch->peers[rank].in, BEAT_BYTES,
+    poe_part_receive(&watch->part, rank, POE_CHANNEL_BEAT, watch->peers[rank].in, POE_BEAT_BYTES,
                      in_operation(watch, rank));
 }
 
@@ -132,23 +125,18 @@ static void take_beat(poe_watch *watch, int rank, double now)
 {
     poe_comm *comm = watch->part.comm;
     peer *p = &watch->peers[rank];
-    poe_frame got, expected = {.type = POE_FRAME_BEAT, .message.bytes = TEXT_BYTES};
+    uint32_t flags;
     char why[POE_WHY_BYTES];
-    if (!poe_frame_decode(p->in, &got, why) || !poe_frame_matches(&got, &expected, why) ||
-        !poe_frame_payload_whole(&got, p->in + POE_FRAME_BYTES, why)) {
+    if (!poe_beat_decode(p->in, &flags, p->text, why)) {
         poe_comm_lose(comm, "rank %d refuses a heartbeat from rank %d: %s", poe_comm_rank(comm), rank, why);
         return;
     }
-    memcpy(p->text, p->in + POE_FRAME_BYTES, TEXT_BYTES);
-    p->text[TEXT_BYTES - 1] = 0;
     p->heard = now;
-    poe_presence presence = got.message.flags & GONE      ? POE_GONE
-                            : got.message.flags & LEAVING ? POE_LEAVING
-                                                          : POE_HERE;
+    poe_presence presence = flags & GONE ? POE_GONE : flags & LEAVING ? POE_LEAVING : POE_HERE;
     if (presence != p->presence)
         p->presence_since = now;
     p->presence = presence;
-    if (got.message.flags & STOP)
+    if (flags & STOP)
         atomic_store(&comm->stop, true);
     atomic_store(&p->watched, true);
     if (presence != POE_GONE)
@@ -219,7 +207,7 @@ static void judge(poe_watch *watch, const view *v, double now)
 
 static void report(poe_comm *comm)
 {
-    char text[TEXT_BYTES];
+    char text[POE_BEAT_TEXT];
     describe(comm, text);
     poe_info("%s", text);
 }

@@ -305,6 +305,12 @@ static void net_cut(poe_transport *transport, int peer)
     below->ops->cut(below, peer);
 }
 
+static void net_watch(poe_transport *transport, int fd)
+{
+    poe_transport *below = emulator_of(transport)->below;
+    below->ops->watch(below, fd);
+}
+
 /* --- the end ------------------------------------------------------------------------------------------------------ */
 /* What others may still wait for when a rank leaves: its part of the last barrier, and the news that it is gone. Credits
  * and the like are for links that are closed. */
@@ -395,7 +401,8 @@ static poe_transport_ops decorated(const poe_transport_ops *below)
                                .wake = net_wake,
                                .cancel = net_cancel,
                                .destroy = net_destroy,
-                               .cut = below->cut ? net_cut : NULL};
+                               .cut = below->cut ? net_cut : NULL,
+                               .watch = below->watch ? net_watch : NULL};
 }
 
 poe_status poe_net_wrap(const poe_net *net, poe_transport **transport)

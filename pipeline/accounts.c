@@ -3,6 +3,7 @@
 
 #include "pipeline/trace.h"
 #include "src/clock.h"
+#include "src/moment.h"
 
 const char *poe_account_name(poe_account account)
 {
@@ -116,6 +117,19 @@ void poe_accounts_stop(poe_accounts *a)
     poe_comm_observe(a->comm, NULL);
 }
 
+static void tell_moment(poe_account account, int64_t step, int micro)
+{
+    static const struct {
+        bool is;
+        poe_phase phase;
+    } phases[POE_ACCOUNT_COUNT + 1] = {[POE_ACCOUNT_DATA] = {true, POE_PHASE_RECEIVE},
+                                       [POE_ACCOUNT_FORWARD] = {true, POE_PHASE_FORWARD},
+                                       [POE_ACCOUNT_BACKWARD] = {true, POE_PHASE_BACKWARD},
+                                       [POE_ACCOUNT_OPTIMIZER] = {true, POE_PHASE_OPTIMIZER}};
+    if (phases[account].is)
+        poe_moment(phases[account].phase, step, micro);
+}
+
 void poe_account_enter_at(poe_accounts *a, poe_account account, int64_t step, int micro, double at)
 {
     pass(a, a->current, at);
@@ -126,6 +140,7 @@ void poe_account_enter_at(poe_accounts *a, poe_account account, int64_t step, in
         a->first_forward = at;
     if (doing(account))
         poe_comm_doing(a->comm, doing(account), step, micro);
+    tell_moment(account, step, micro);
 }
 
 void poe_account_enter(poe_accounts *a, poe_account account, int64_t step, int micro)
@@ -143,6 +158,15 @@ void poe_accounts_close_step(poe_accounts *a, poe_account_times *times)
     a->times = (poe_account_times){0};
     a->opened = now;
     a->outside = 0;
+}
+
+void poe_accounts_image(poe_accounts *a, poe_image *image)
+{
+    poe_image_pass(image, &a->total, sizeof(a->total));
+    poe_image_pass(image, &a->started, sizeof(a->started));
+    poe_image_pass(image, &a->first_forward, sizeof(a->first_forward));
+    poe_image_pass(image, a->receive_wait, sizeof(a->receive_wait));
+    poe_image_pass(image, a->receive_peer, sizeof(a->receive_peer));
 }
 
 double poe_accounts_fill(const poe_accounts *a)

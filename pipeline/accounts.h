@@ -13,6 +13,7 @@
 #include <stdint.h>
 
 #include "comm/comm.h"
+#include "pipeline/image.h"
 
 typedef enum poe_account {
     POE_ACCOUNT_FORWARD,
@@ -71,6 +72,9 @@ void poe_accounts_stop(poe_accounts *accounts);
  * poe_comm_doing() says so too. A negative micro-batch is none. */
 void poe_account_enter(poe_accounts *accounts, poe_account account, int64_t step, int micro);
 void poe_account_enter_at(poe_accounts *accounts, poe_account account, int64_t step, int micro, double at);
+
+/* For snapshots, between two steps: the totals. Time that was lost since then is in no account. */
+void poe_accounts_image(poe_accounts *accounts, poe_image *image);
 
 /* Ends the step: its accounts; adds them to the total. Goes on with POE_ACCOUNT_OTHER. */
 void poe_accounts_close_step(poe_accounts *accounts, poe_account_times *times);

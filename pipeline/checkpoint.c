@@ -14,6 +14,7 @@
 #include <sys/statvfs.h>
 #include <unistd.h>
 
+#include "pipeline/snapshot.h"
 #include "pipeline/stage_file.h"
 #include "src/crc32c.h"
 #include "src/log.h"
@@ -82,14 +83,16 @@ static poe_status find_leader(poe_checkpoint_store *store)
     poe_status status = poe_comm_broadcast(store->comm, 0, &run, sizeof(run));
     if (status)
         return status;
+    bool anew = !poe_comm_replays(store->comm);
     poe_log_hold();
     poe_status mine = marker_path(store, run, rank, marker);
     poe_temporary_register(marker);
-    if (!mine)
+    if (!mine && anew)
         mine = make_marker(marker);
     status = agree(store->comm, mine);
     if (!status) {
-        store->leader = lowest_visible(store, run, rank);
+        store->leader = anew ? lowest_visible(store, run, rank) : -1;
+        poe_comm_remember(store->comm, &store->leader, sizeof(store->leader));
         status = poe_comm_barrier(store->comm, "the ranks that share a folder");
     }
     unlink(marker);
@@ -111,7 +114,7 @@ poe_status poe_checkpoint_store_open(poe_comm *comm, const char *out, int keep, 
     }
     if (!status) {
         poe_log_hold();
-        bool leads = s->leader == poe_comm_rank(comm);
+        bool leads = s->leader == poe_comm_rank(comm) && !poe_comm_replays(comm);
         status = agree(comm, leads ? poe_checkpoint_clean(s->folder, INT64_MAX, 0) : POE_OK);
     }
     if (status) {
@@ -139,6 +142,7 @@ typedef struct saving {
     json_t *facts; /* rank 0's, with what load needs to know */
     char temporary[POE_PATH_MAX], final[POE_PATH_MAX];
     poe_manifest_file own, shared; /* shared: leaders */
+    bool again;                    /* a process before this one may have got some way */
     bool published, exchanged;     /* has its final name; the temporary name has what had it before */
 } saving;
 
@@ -210,9 +214,10 @@ static poe_status check_space(const char *folder, uint64_t needed)
     return POE_FAILED;
 }
 
+/* A process that repeats this may find others writing there. */
 static poe_status make_folder(const saving *s)
 {
-    poe_status status = poe_remove_tree(s->temporary);
+    poe_status status = s->again ? POE_OK : poe_remove_tree(s->temporary);
     return status ? status : poe_make_directories(s->temporary);
 }
 
@@ -236,7 +241,7 @@ static poe_status prepare(saving *s)
         return status;
     poe_log_hold();
     poe_status local = POE_OK;
-    if (s->leads) {
+    if (s->leads && !poe_comm_replays(comm)) {
         uint64_t needed = 0;
         for (int r = 0; r < size; r++)
             needed += all[r].leader == s->store->leader ? all[r].bytes : 0;
@@ -247,7 +252,14 @@ static poe_status prepare(saving *s)
     return save_agree(s, local);
 }
 
-/* Its length and checksum, for the manifest, are those of what the disk gives back. */
+/* Its length and checksum, for the manifest, are those of what the disk gives back; or of nothing, when a process before
+ * this one has given them and the folder has got its final name. */
+static poe_status measure_file(const saving *s, const char *path, poe_manifest_file *file)
+{
+    bool gone = poe_comm_replays(s->store->comm) && access(path, F_OK) != 0;
+    return gone ? POE_OK : poe_checksum_file(path, &file->size, &file->crc);
+}
+
 static poe_status write_own(saving *s)
 {
     char path[POE_PATH_MAX];
@@ -255,9 +267,9 @@ static poe_status write_own(saving *s)
         return POE_OK;
     snprintf(s->own.name, sizeof(s->own.name), "stage-%03d.h5", s->stage_number);
     poe_status status = poe_path(path, "%s/%s", s->temporary, s->own.name);
-    if (!status)
+    if (!status && !poe_comm_replays(s->store->comm))
         status = poe_stage_file_write(path, s->step, s->stage, s->stage_number, s->pending);
-    return status ? status : poe_checksum_file(path, &s->own.size, &s->own.crc);
+    return status ? status : measure_file(s, path, &s->own);
 }
 
 static poe_status write_shared(saving *s)
@@ -265,9 +277,9 @@ static poe_status write_shared(saving *s)
     char path[POE_PATH_MAX];
     strcpy(s->shared.name, "shared.h5");
     poe_status status = poe_path(path, "%s/%s", s->temporary, s->shared.name);
-    if (!status)
+    if (!status && !poe_comm_replays(s->store->comm))
         status = poe_shared_file_write(path, s->step, s->stage, s->pending);
-    return status ? status : poe_checksum_file(path, &s->shared.size, &s->shared.crc);
+    return status ? status : measure_file(s, path, &s->shared);
 }
 
 static poe_status write_files(saving *s)
@@ -300,7 +312,7 @@ static poe_status write_manifest(saving *s)
     int n = list_files(s, all, files);
     poe_log_hold();
     poe_status local = POE_OK;
-    if (s->leads) {
+    if (s->leads && !poe_comm_replays(s->store->comm)) {
         local = poe_manifest_write(s->temporary, s->facts, files, n);
         if (!local)
             local = poe_sync_path(s->temporary);
@@ -312,13 +324,15 @@ static poe_status write_manifest(saving *s)
 static poe_status rename_folder(saving *s)
 {
     s->exchanged = access(s->final, F_OK) == 0;
-    int failed = renameat2(AT_FDCWD, s->temporary, AT_FDCWD, s->final, s->exchanged ? RENAME_EXCHANGE : 0);
+    if (s->again && s->exchanged && access(s->temporary, F_OK) != 0)
+        return POE_OK; /* by a process before this one */
+    int failed = poe_temporary_rename(s->temporary, s->final, s->exchanged ? RENAME_EXCHANGE : 0);
     if (failed && (errno == EINVAL || errno == ENOSYS)) {
         poe_status status = s->exchanged ? poe_remove_tree(s->final) : POE_OK;
         s->exchanged = false;
         if (status)
             return status;
-        failed = rename(s->temporary, s->final);
+        failed = poe_temporary_rename(s->temporary, s->final, 0);
     }
     if (failed) {
         poe_error("cannot rename %s to %s: %s", s->temporary, s->final, strerror(errno));
@@ -339,7 +353,8 @@ static void undo_rename(saving *s)
 static poe_status publish(saving *s)
 {
     poe_log_hold();
-    poe_status status = save_agree(s, s->leads ? rename_folder(s) : POE_OK);
+    bool renames = s->leads && !poe_comm_replays(s->store->comm);
+    poe_status status = save_agree(s, renames ? rename_folder(s) : POE_OK);
     if (status && status != POE_PEER_LOST && s->published)
         undo_rename(s);
     return status;
@@ -378,7 +393,8 @@ poe_status poe_checkpoint_save(poe_checkpoint_store *store, int64_t step, poe_st
                 .step = step,
                 .stage = stage,
                 .stage_number = stage_number,
-                .pending = pending};
+                .pending = pending,
+                .again = poe_snapshot_resumes(store->comm)};
     poe_log_hold();
     poe_status status = poe_path(s.final, "%s/step-%08" PRId64, store->folder, step);
     if (!status)
@@ -386,11 +402,13 @@ poe_status poe_checkpoint_save(poe_checkpoint_store *store, int64_t step, poe_st
     status = save_agree(&s, status);
     if (status)
         return status;
-    poe_temporary_register(s.temporary);
+    if (s.leads)
+        poe_temporary_register(s.temporary);
     status = save(&s, facts);
     if (s.leads)
         tidy(&s, status == POE_OK);
-    poe_temporary_forget(s.temporary);
+    if (s.leads)
+        poe_temporary_forget(s.temporary);
     json_decref(s.facts);
     if (!status && path)
         strcpy(path, s.final);

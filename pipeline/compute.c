@@ -7,7 +7,6 @@
 #include <sys/prctl.h>
 #include <time.h>
 
-
 /* --- the row that computes ---------------------------------------------------------------------------------------------------- */
 
 static void forward(poe_compute *c, int slot, size_t b, size_t t, const int32_t *idx, const poe_crossing *in,
@@ -78,7 +77,7 @@ static const poe_compute_ops computing = {
 
 void poe_compute_init(poe_compute *c, poe_stage *stage)
 {
-    *c = (poe_compute){.ops = &computing, .stage = stage};
+    *c = (poe_compute){.ops = &computing, .present = &computing, .stage = stage};
 }
 
 /* --- the row that sleeps ------------------------------------------------------------------------------------------------------ */
@@ -205,6 +204,7 @@ void poe_compute_emulate(poe_compute *c, poe_stage *stage, poe_accounts *account
 {
     char stream[32];
     *c = (poe_compute){.ops = &emulating,
+                       .present = &emulating,
                        .stage = stage,
                        .accounts = accounts,
                        .channels = (size_t)poe_stage_model(stage)->config.n_embd};
@@ -212,4 +212,40 @@ void poe_compute_emulate(poe_compute *c, poe_stage *stage, poe_accounts *account
     snprintf(stream, sizeof(stream), "emulated rank %d", rank);
     poe_rng_init(&c->rng, (uint64_t)seed, stream);
     prctl(PR_SET_TIMERSLACK, 1UL); /* of this thread: the rank's */
+}
+
+/* --- absences ------------------------------------------------------------------------------------------------------------------ */
+
+static void no_forward(poe_compute *c, int slot, size_t b, size_t t, const int32_t *idx, const poe_crossing *in,
+                       const poe_crossing *out)
+{
+    (void)c, (void)slot, (void)b, (void)t, (void)idx, (void)in, (void)out;
+}
+
+static poe_status no_backward(poe_compute *c, int slot, const int32_t *targets, int n_micro, const poe_crossing *d_out,
+                              const poe_crossing *d_in, double *loss)
+{
+    (void)c, (void)slot, (void)targets, (void)n_micro, (void)d_out, (void)d_in;
+    *loss = NAN;
+    return POE_OK;
+}
+
+static void no_update(poe_compute *c, const poe_rates *rates)
+{
+    (void)c, (void)rates;
+}
+
+/* Only poe's row is needed: where gradients flow back, nobody can be absent. */
+void poe_compute_attend(poe_compute *c, poe_attendance attendance)
+{
+    c->ops = c->present;
+    if (attendance == POE_PRESENT)
+        return;
+    c->absence = *c->present;
+    c->absence.update_own = no_update;
+    if (attendance == POE_ABSENT) {
+        c->absence.forward = no_forward;
+        c->absence.backward = no_backward;
+    }
+    c->ops = &c->absence;
 }

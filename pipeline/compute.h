@@ -31,6 +31,8 @@ typedef struct poe_compute_ops {
 struct poe_compute {
     const poe_compute_ops *ops;
     poe_stage *stage; /* borrowed */
+    const poe_compute_ops *present; /* the row in use but for absences */
+    poe_compute_ops absence;        /* that row, but for what is left out */
     /* of the emulated row: */
     poe_accounts *accounts;
     double seconds[POE_EMULATED_COUNT];
@@ -47,5 +49,11 @@ void poe_compute_init(poe_compute *compute, poe_stage *stage);
  * alone. */
 void poe_compute_emulate(poe_compute *compute, poe_stage *stage, poe_accounts *accounts,
                          const double seconds[POE_EMULATED_COUNT], int64_t seed, int rank);
+
+/* A stage that does not repeat what it lost (--recover skip). Absent: nothing is computed, what would be written is left
+ * as it is, and the stage's own tensors stay; the shared ones are updated. Returning: all is computed, the own tensors
+ * stay. Present: as before. */
+typedef enum poe_attendance { POE_PRESENT, POE_ABSENT, POE_RETURNING } poe_attendance;
+void poe_compute_attend(poe_compute *compute, poe_attendance attendance);
 
 #endif

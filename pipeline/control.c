@@ -11,9 +11,10 @@
 #include "stages/model.h"
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
-static poe_comm *comms[POE_MAX_STAGES];
-static int n_comms;
-static bool running, stop_thread, sudden;
+static poe_control_target targets[POE_MAX_STAGES];
+static int n_targets;
+static poe_control_mode mode;
+static bool running, stop_thread;
 static int exit_status;
 static pthread_t thread;
 
@@ -26,37 +27,70 @@ static void fill_set(sigset_t *set)
     sigaddset(set, SIGUSR2);
 }
 
-static void each_comm(void (*act)(poe_comm *))
+static void stop_all(void)
 {
     pthread_mutex_lock(&lock);
-    for (int i = 0; i < n_comms; i++)
-        act(comms[i]);
+    for (int i = 0; i < n_targets; i++)
+        targets[i].request_stop(targets[i].context);
+    pthread_mutex_unlock(&lock);
+}
+
+static void report_all(void)
+{
+    pthread_mutex_lock(&lock);
+    for (int i = 0; i < n_targets; i++)
+        targets[i].request_report(targets[i].context);
     pthread_mutex_unlock(&lock);
 }
 
 static void end_at_once(int status)
 {
+    pthread_mutex_lock(&lock);
+    for (int i = 0; i < n_targets; i++)
+        if (targets[i].end)
+            targets[i].end(targets[i].context);
+    pthread_mutex_unlock(&lock);
     poe_temporary_remove_all();
     _exit(status);
+}
+
+static void take_in_stage(int signal_number)
+{
+    if (signal_number == SIGUSR2)
+        report_all();
+    else if (signal_number == SIGTERM)
+        end_at_once(143);
+}
+
+static void take_in_rank(int signal_number)
+{
+    int status = signal_number == SIGTERM ? 143 : 130;
+    bool sudden = mode == POE_CONTROL_KILLED_SOON && signal_number == SIGTERM;
+    pthread_mutex_lock(&lock);
+    bool again = exit_status != 0;
+    if (!again && signal_number != SIGUSR2)
+        exit_status = status;
+    pthread_mutex_unlock(&lock);
+    if (signal_number == SIGUSR2)
+        report_all();
+    else if ((again && signal_number != SIGUSR1) || sudden)
+        end_at_once(status);
+    else
+        stop_all();
 }
 
 /* True when the thread shall go on. */
 static bool take(int signal_number)
 {
     pthread_mutex_lock(&lock);
-    bool stop = stop_thread, again = exit_status != 0;
-    int status = signal_number == SIGTERM ? 143 : 130;
-    if (!stop && !again && signal_number != SIGUSR2)
-        exit_status = status;
+    bool stop = stop_thread;
     pthread_mutex_unlock(&lock);
     if (stop)
         return false;
-    if (signal_number == SIGUSR2)
-        each_comm(poe_comm_request_report);
-    else if ((again && signal_number != SIGUSR1) || (sudden && signal_number == SIGTERM))
-        end_at_once(status);
+    if (mode == POE_CONTROL_STAGE)
+        take_in_stage(signal_number);
     else
-        each_comm(poe_comm_request_stop);
+        take_in_rank(signal_number);
     return true;
 }
 
@@ -73,12 +107,12 @@ static void *listen_for_signals(void *arg)
     return NULL;
 }
 
-poe_status poe_control_start(bool killed_soon)
+poe_status poe_control_start(poe_control_mode how)
 {
     sigset_t set;
     fill_set(&set);
     pthread_sigmask(SIG_BLOCK, &set, NULL);
-    sudden = killed_soon;
+    mode = how;
     int error = pthread_create(&thread, NULL, listen_for_signals, NULL);
     if (error) {
         poe_error("cannot start the signal thread: %s", strerror(error));
@@ -100,24 +134,39 @@ void poe_control_stop(void)
     running = stop_thread = false;
 }
 
-void poe_control_add(poe_comm *comm)
+void poe_control_add(const poe_control_target *target)
 {
     pthread_mutex_lock(&lock);
-    if (n_comms < POE_MAX_STAGES)
-        comms[n_comms++] = comm;
+    if (n_targets < POE_MAX_STAGES)
+        targets[n_targets++] = *target;
     bool stop = exit_status != 0;
     pthread_mutex_unlock(&lock);
     if (stop) /* the signal came before there was anyone to tell */
-        poe_comm_request_stop(comm);
+        target->request_stop(target->context);
 }
 
-void poe_control_remove(poe_comm *comm)
+void poe_control_remove(const void *context)
 {
     pthread_mutex_lock(&lock);
-    for (int i = 0; i < n_comms; i++)
-        if (comms[i] == comm)
-            comms[i--] = comms[--n_comms];
+    for (int i = 0; i < n_targets; i++)
+        if (targets[i].context == context)
+            targets[i--] = targets[--n_targets];
     pthread_mutex_unlock(&lock);
+}
+
+static void stop_comm(void *context)
+{
+    poe_comm_request_stop(context);
+}
+
+static void report_comm(void *context)
+{
+    poe_comm_request_report(context);
+}
+
+void poe_control_add_comm(poe_comm *comm)
+{
+    poe_control_add(&(poe_control_target){.context = comm, .request_stop = stop_comm, .request_report = report_comm});
 }
 
 int poe_control_exit_status(void)

@@ -51,9 +51,12 @@ poe_status poe_metrics_open(poe_metrics *metrics, const char *path, const char *
     }
     poe_status status = poe_write_file(path, text ? text : "", size);
     free(text);
-    if (status != POE_OK)
-        return status;
-    status = poe_path(metrics->path, "%s", path);
+    return status == POE_OK ? poe_metrics_reopen(metrics, path) : status;
+}
+
+poe_status poe_metrics_reopen(poe_metrics *metrics, const char *path)
+{
+    poe_status status = poe_path(metrics->path, "%s", path);
     if (status != POE_OK)
         return status;
     metrics->file = fopen(path, "a");
@@ -62,6 +65,16 @@ poe_status poe_metrics_open(poe_metrics *metrics, const char *path, const char *
         return POE_FAILED;
     }
     return POE_OK;
+}
+
+poe_status poe_metrics_image(poe_metrics *metrics, poe_image *image)
+{
+    off_t end = image->restores ? 0 : ftello(metrics->file);
+    poe_image_pass(image, &end, sizeof(end));
+    if (!image->restores || ftruncate(fileno(metrics->file), end) == 0)
+        return POE_OK;
+    poe_error("cannot cut back %s: %s", metrics->path, strerror(errno));
+    return POE_FAILED;
 }
 
 poe_status poe_metrics_write(poe_metrics *metrics, json_t *object)

@@ -7,6 +7,7 @@
 #include <stdint.h>
 #include <stdio.h>
 
+#include "pipeline/image.h"
 #include "src/files.h"
 #include "src/status.h"
 
@@ -21,6 +22,11 @@ typedef struct poe_metrics {
  * there once. POE_FAILED: said. */
 poe_status poe_metrics_open(poe_metrics *metrics, const char *path, const char *previous, int64_t first,
                             int64_t evaluated);
+
+/* Opens the metrics of a process that was killed, to be cut back by poe_metrics_image(). */
+poe_status poe_metrics_reopen(poe_metrics *metrics, const char *path);
+/* For snapshots: how much has been written; restoring drops what came after. POE_FAILED: said. */
+poe_status poe_metrics_image(poe_metrics *metrics, poe_image *image);
 
 /* Writes one line, whole or not at all to a reader; takes the reference of `object`, whose own `emulated` stays, with
  * the file's beside it. */

@@ -4,6 +4,7 @@
 #include <stdlib.h>
 #include <unistd.h>
 
+#include "pipeline/recovery.h"
 #include "src/crc32c.h"
 #include "src/log.h"
 
@@ -46,7 +47,7 @@ static poe_status read_batch(poe_micro_batches *m, poe_batch *batch, int slot)
         return status;
     bool last = batch->micro == r->layout.micro_batches - 1;
     batch->flags = (uint32_t)poe_feed_epoch(r->corpus.train) << POE_EPOCH_SHIFT;
-    if (last && poe_comm_stop_wanted(r->comm))
+    if (last && poe_recovery_stops_after(r, batch->step))
         batch->flags |= POE_FLAG_STOP;
     return POE_OK;
 }
@@ -110,6 +111,7 @@ static poe_status forward(poe_micro_batches *m, poe_batch *batch, int slot)
 {
     poe_run *r = m->run;
     poe_crossing out;
+    poe_recovery_reach(r, batch->step, batch->micro);
     enter(m, POE_ACCOUNT_DATA, batch);
     poe_status status = r->streams.source < 0 ? read_batch(m, batch, slot) : receive_batch(m, batch);
     enter(m, POE_ACCOUNT_OTHER, batch);
@@ -131,6 +133,18 @@ static poe_status forward(poe_micro_batches *m, poe_batch *batch, int slot)
     return poe_streams_send_batch(&r->streams, batch);
 }
 
+/* The micro-batch's gradients stay out, or are found to be those that should. */
+static bool is_left_out(poe_micro_batches *m, const poe_batch *batch)
+{
+    return poe_recovery_is_left_out(m->run, batch->step, batch->micro);
+}
+
+static void examine(poe_micro_batches *m, const poe_batch *batch)
+{
+    if (poe_recovery_examines(m->run, batch->step) && !poe_shared_gradients_finite(&m->run->shared))
+        poe_recovery_leave_out(m->run, batch->step, batch->micro, "a gradient");
+}
+
 static poe_status compute_backward(poe_micro_batches *m, const poe_batch *batch, int slot, bool input,
                                    const poe_crossing *d_out, const poe_crossing *d_in)
 {
@@ -141,6 +155,10 @@ static poe_status compute_backward(poe_micro_batches *m, const poe_batch *batch,
         compute, slot, batch->targets, m->run->layout.micro_batches, poe_crossing_or_null(d_out),
         poe_crossing_or_null(d_in), &loss);
     enter(m, POE_ACCOUNT_OTHER, batch);
+    if (status == POE_NUMERIC)
+        poe_recovery_leave_out(m->run, batch->step, batch->micro, "the loss");
+    else
+        examine(m, batch);
     if (status == POE_NUMERIC && speaks_first(m->run))
         poe_error("step %lld: the loss of stage %d is %g (micro-batch %d); stopped before that stage's update",
                   (long long)batch->step, m->run->index, loss, batch->micro);
@@ -160,7 +178,7 @@ static poe_status backward(poe_micro_batches *m, const poe_batch *batch, int slo
         status = poe_streams_input_gradient(streams, batch, &d_in);
     if (status == POE_OK)
         status = before_backward(m, batch);
-    if (status == POE_OK)
+    if (status == POE_OK && !is_left_out(m, batch))
         status = compute_backward(m, batch, slot, input, &d_out, &d_in);
     if (status != POE_OK)
         return status;
@@ -204,6 +222,7 @@ static poe_status check_gradients(poe_micro_batches *m)
     poe_run *r = m->run;
     if (poe_shared_gradients_finite(&r->shared))
         return POE_OK;
+    poe_recovery_leave_out(r, m->step, -1, "a gradient");
     if (speaks_first(r))
         poe_error("step %lld: a gradient of stage %d is not finite; stopped before that stage's update",
                   (long long)m->step, r->index);
@@ -223,7 +242,7 @@ poe_status poe_micro_batches_run(poe_micro_batches *m, int64_t step)
     if (status != POE_OK)
         return status;
     poe_account_enter(&m->run->accounts, POE_ACCOUNT_OTHER, step, -1);
-    m->loss = m->sum / m->counted;
+    m->loss = m->sum / m->counted; /* NaN when none was */
     return check_gradients(m);
 }
 

@@ -1,6 +1,8 @@
 /* SPDX-License-Identifier: MIT */
 #include "pipeline/report.h"
 
+#include "comm/agent/board.h"
+
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -132,6 +134,13 @@ static void print_network(const char *emulated)
     }
 }
 
+/* What the ranks talk over; agents have nothing but the fabric. */
+static const char *carrier(const poe_comm *comm)
+{
+    const char *transport = poe_comm_transport(comm);
+    return strcmp(transport, "agent") == 0 ? "fabric by agents" : transport;
+}
+
 poe_status poe_report_start(const poe_options *o, const poe_model *m, int threads, const poe_run *r)
 {
     poe_layout layout;
@@ -141,7 +150,7 @@ poe_status poe_report_start(const poe_options *o, const poe_model *m, int thread
     if (r) {
         print_data(r);
         printf("ranks     %d over %s, %d on this host, %d thread%s each, kernels %s\n", r->size,
-               poe_comm_transport(r->comm), poe_comm_host_ranks(r->comm), threads, threads == 1 ? "" : "s",
+               carrier(r->comm), poe_comm_host_ranks(r->comm), threads, threads == 1 ? "" : "s",
                r->arithmetic);
         if (poe_comm_emulated(r->comm))
             print_network(poe_comm_emulated(r->comm));
@@ -232,6 +241,26 @@ static void format_time(double seconds, char text[32])
         snprintf(text, 32, "%dh%02dm", (int)seconds / 3600, (int)seconds / 60 % 60);
 }
 
+/* From now on it was. */
+static bool was_shown(const poe_run *r, int64_t step)
+{
+    poe_board *board = poe_comm_board(r->comm);
+    if (!board)
+        return false;
+    if (step < atomic_load(&board->shown))
+        return true;
+    atomic_store(&board->shown, step + 1);
+    return false;
+}
+
+void poe_progress_image(poe_progress *p, poe_image *image)
+{
+    poe_image_pass(image, &p->started, sizeof(p->started));
+    poe_image_pass(image, &p->shown, sizeof(p->shown));
+    poe_image_pass(image, &p->step_seconds, sizeof(p->step_seconds));
+    poe_image_pass(image, &p->counted, sizeof(p->counted));
+}
+
 void poe_progress_step(poe_progress *p, int64_t step, double loss, const double *stage_losses, double lrm, double dt,
                        uint32_t epoch)
 {
@@ -243,6 +272,8 @@ void poe_progress_step(poe_progress *p, int64_t step, double loss, const double 
     }
     double now = poe_now();
     bool last = step + 1 == n;
+    if (was_shown(r, step))
+        return;
     if (!p->terminal && !last && step != p->first_step && now - p->shown < plain_interval)
         return;
     p->shown = now;

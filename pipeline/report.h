@@ -23,7 +23,8 @@ double poe_report_loss(const poe_run *run, const double *stage_losses);
 /* Sets in `config` (poe_options_json()) what was resolved since, so that it repeats the run exactly. */
 void poe_report_complete_config(const poe_run *run, json_t *config);
 
-/* One line per step, nanochat's; on a terminal one line that renews itself. */
+/* One line per step, nanochat's; on a terminal one line that renews itself. What a process before this one has shown is
+ * not shown again. */
 typedef struct poe_progress {
     const poe_run *run;
     bool terminal;
@@ -38,6 +39,8 @@ void poe_progress_start(poe_progress *progress, const poe_run *run);
 void poe_progress_step(poe_progress *progress, int64_t step, double loss, const double *stage_losses, double lrm,
                        double dt, uint32_t epoch);
 void poe_progress_evaluation(poe_progress *progress, int64_t step, const poe_evaluation *e, bool has_tokenizer);
+/* For snapshots. */
+void poe_progress_image(poe_progress *progress, poe_image *image);
 void poe_progress_end(poe_progress *progress);
 
 /* The table of an evaluation: every stage, every prefix, the aggregate. */

@@ -12,8 +12,10 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "comm/agent/board.h"
 #include "pipeline/interchange.h"
 #include "pipeline/settings.h"
+#include "pipeline/snapshot.h"
 #include "src/log.h"
 #include "src/manifest.h"
 
@@ -174,25 +176,46 @@ static poe_status check_file(const poe_run *r, const char *flag, const char *pat
 static poe_status find_out(poe_run *r)
 {
     poe_status status = choose_out(r);
-    if (status == POE_OK)
+    bool anew = !poe_comm_replays(r->comm);
+    if (status == POE_OK && anew)
         status = check_unused(r);
-    if (status == POE_OK)
+    if (status == POE_OK && anew)
         status = check_file(r, "--export", r->options->export_path);
-    if (status == POE_OK)
+    if (status == POE_OK && anew)
         status = check_file(r, "--trace", r->options->trace);
     return poe_comm_agree(r->comm, status);
+}
+
+static void remember_checkpoint(poe_run *r)
+{
+    char *text = r->facts ? json_dumps(r->facts, JSON_COMPACT) : NULL;
+    uint64_t length = text ? strlen(text) + 1 : 0;
+    poe_comm_remember(r->comm, r->resumed, sizeof(r->resumed));
+    poe_comm_remember(r->comm, &length, sizeof(length));
+    char *kept = calloc(length + 1, 1);
+    if (kept && text)
+        memcpy(kept, text, length);
+    if (kept)
+        poe_comm_remember(r->comm, kept, length);
+    if (kept && !r->facts)
+        r->facts = json_loads(kept, 0, NULL);
+    free(kept);
+    free(text);
 }
 
 static poe_status find_checkpoint(poe_run *r)
 {
     const poe_options *o = r->options;
-    const char *what = o->resume;
-    if (!what)
+    if (!o->resume)
         return POE_OK;
-    poe_status status =
-        poe_checkpoint_find(r->comm, what, o->out ? o->out : "runs", o->resume_older, r->index, r->resumed, &r->facts);
+    poe_status status = POE_OK;
+    if (poe_comm_begin_once(r->comm)) /* by now it may be gone, or no longer the latest */
+        status = poe_checkpoint_find(r->comm, o->resume, o->out ? o->out : "runs", o->resume_older, r->index, r->resumed,
+                                     &r->facts);
+    poe_comm_end_once(r->comm);
     if (status != POE_OK)
         return status;
+    remember_checkpoint(r);
     r->first_step = json_integer_value(json_object_get(r->facts, "step"));
     const char *hash = json_string_value(json_object_get(r->facts, "data_hash"));
     r->data_hash = hash ? strtoull(hash, NULL, 16) : 0;
@@ -217,8 +240,9 @@ static poe_status open_tokenizer(poe_run *r)
 {
     char stored[POE_PATH_MAX + 16];
     const char *path = NULL;
-    if (r->resumed_run[0] && !poe_options_given(r->options, "tokenizer")) {
-        snprintf(stored, sizeof(stored), "%s/tokenizer.json", r->resumed_run);
+    bool replays = poe_comm_replays(r->comm);
+    if (replays || (r->resumed_run[0] && !poe_options_given(r->options, "tokenizer"))) {
+        snprintf(stored, sizeof(stored), "%s/tokenizer.json", replays ? r->out : r->resumed_run);
         if (access(stored, R_OK) == 0)
             path = stored;
     }
@@ -308,8 +332,9 @@ static poe_status open_model(poe_run *r)
 {
     poe_status status = poe_settings_model(r->options, r->corpus.vocab_size, &r->model);
     poe_settings_optimizer(r->options, &r->optimizer);
-    if (status == POE_OK && r->resumed[0])
+    if (status == POE_OK && r->resumed[0] && !poe_comm_replays(r->comm))
         status = poe_checkpoint_load_layers(r->resumed, r->facts, r->index, &r->model);
+    poe_comm_remember(r->comm, r->model.layers, sizeof(r->model.layers));
     r->threads = poe_run_threads(r->options, poe_comm_host_ranks(r->comm));
     status = poe_comm_agree(r->comm, status);
     if (status == POE_OK && trains(r))
@@ -347,7 +372,9 @@ static poe_status load_checkpoint(poe_run *r)
 static poe_status fill_parameters(poe_run *r)
 {
     poe_status status = POE_OK;
-    if (r->resumed[0]) {
+    if (poe_comm_replays(r->comm)) {
+        ; /* they come from the snapshot */
+    } else if (r->resumed[0]) {
         status = load_checkpoint(r);
     } else if (r->options->init_from) {
         status = poe_import(r->options->init_from, &r->model, r->stage);
@@ -438,13 +465,25 @@ static poe_status open_links(poe_run *r)
     return poe_comm_agree(r->comm, status);
 }
 
+/* A stage process that is started again opens its run as the first one did, and asks nobody. */
+static poe_status open_journal(poe_run *r)
+{
+    poe_board *board = poe_comm_board(r->comm);
+    bool resumes = poe_snapshot_resumes(r->comm);
+    if (board)
+        poe_comm_journal(r->comm, poe_board_journal(board), &board->journal_bytes, resumes);
+    return resumes ? poe_snapshot_prepare(r->comm) : POE_OK;
+}
+
 poe_status poe_run_open(poe_run *r, poe_comm *comm, const poe_options *options, poe_purpose purpose)
 {
     *r = (poe_run){.options = options, .purpose = purpose, .comm = comm, .rank = poe_comm_rank(comm), .size = poe_comm_size(comm)};
     poe_layout_init(&r->layout, options, r->size);
     r->n_stages = poe_layout_stages(&r->layout);
     r->index = poe_layout_stage(&r->layout, r->rank);
-    poe_status status = agree_on_options(r);
+    poe_status status = open_journal(r);
+    if (status == POE_OK)
+        status = agree_on_options(r);
     if (status == POE_OK)
         status = agree_on_kernels(r);
     if (status == POE_OK)

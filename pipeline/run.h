@@ -37,6 +37,14 @@ typedef struct poe_run_memory {
     poe_recompute recompute; /* what backward makes again, so that it is no more */
 } poe_run_memory;
 
+/* What a stage process that was started again does not repeat (--recover skip): everything before `micro` of `step`,
+ * which is how far its predecessor had got. */
+typedef struct poe_absence {
+    bool ends; /* it is still to end */
+    int64_t from, step;
+    int micro;
+} poe_absence;
+
 typedef struct poe_run {
     const poe_options *options; /* borrowed */
     poe_purpose purpose;
@@ -63,6 +71,7 @@ typedef struct poe_run {
     poe_backend *backend;
     poe_stage *stage;
     poe_compute compute;          /* what training does with the stage */
+    poe_absence absence;          /* of a process that goes on without what it lost */
     poe_trace *trace;             /* of training, with --trace; else NULL */
     poe_accounts accounts;        /* of training: running between its first step and its end */
     poe_edges edges;

@@ -7,6 +7,7 @@
 
 #include "pipeline/streams.h"
 #include "src/log.h"
+#include "src/moment.h"
 
 /* --- memory ----------------------------------------------------------------------------------------------------------------- */
 
@@ -159,6 +160,7 @@ static poe_status leave(poe_shared_rule *r, poe_shared_part p, int64_t step)
     for (size_t i = 0; r->every && i < part->at.floats; i++)
         sum[i] += gradients[i];
     part->left = step + 1;
+    poe_moment(POE_PHASE_REDUCE, step, -1);
     return sums_after(r, step) ? poe_reduce_begin(part->reduce, step, is_exact(r) ? gradients : sum, sum) : POE_OK;
 }
 
@@ -177,6 +179,7 @@ static poe_status wait_for(poe_shared_rule *r, poe_shared_part p, int64_t step)
     poe_part_sum *part = &r->parts[p];
     if (step < part->arrived)
         return POE_OK;
+    poe_moment(POE_PHASE_REDUCE, step, -1);
     poe_status status = poe_reduce_end(part->reduce, step);
     if (status == POE_OK)
         part->arrived = step + 1;
@@ -340,4 +343,34 @@ void poe_shared_restore(poe_shared_rule *r, int n_totals, int held_steps, poe_pe
     r->held_steps = held_steps;
     restart(r, r->next - n_totals);
     describe(r, pending);
+}
+
+/* --- snapshots ---------------------------------------------------------------------------------------------------------------- */
+
+void poe_shared_image(poe_shared_rule *r, poe_image *image)
+{
+    for (int i = 0; i < n_slots(r->delay, r->every); i++)
+        poe_image_pass(image, r->slots[i], r->floats * sizeof(float));
+    for (poe_shared_part p = 0; p < POE_SHARED_PARTS; p++) {
+        poe_image_pass(image, &r->parts[p].left, sizeof(r->parts[p].left));
+        poe_image_pass(image, &r->parts[p].arrived, sizeof(r->parts[p].arrived));
+        poe_image_pass(image, &r->parts[p].applied, sizeof(r->parts[p].applied));
+    }
+    poe_image_pass(image, &r->next, sizeof(r->next));
+    poe_image_pass(image, &r->due, sizeof(r->due));
+    poe_image_pass(image, &r->counted, sizeof(r->counted));
+    poe_image_pass(image, &r->held_steps, sizeof(r->held_steps));
+    poe_image_pass(image, &r->mean_of, sizeof(r->mean_of));
+}
+
+/* Under exact and every:N none is under way between two steps. */
+poe_status poe_shared_resume(poe_shared_rule *r)
+{
+    poe_status status = POE_OK;
+    for (poe_shared_part p = 0; r->delay && p < POE_SHARED_PARTS; p++) {
+        const poe_part_sum *part = &r->parts[p];
+        for (int64_t step = part->arrived; status == POE_OK && part->reduce && step < part->left; step++)
+            status = poe_reduce_begin(part->reduce, step, sum_of(r, p, step), sum_of(r, p, step));
+    }
+    return status;
 }

@@ -13,6 +13,7 @@
 #include "comm/comm.h"
 #include "pipeline/checkpoint.h"
 #include "pipeline/compute.h"
+#include "pipeline/image.h"
 #include "src/arena.h"
 #include "stages/stage.h"
 
@@ -81,6 +82,10 @@ poe_status poe_shared_finish(poe_shared_rule *rule);
 /* What a checkpoint must hold: settles, and waits until every pending total is complete. The pointers stay the rule's.
  * With room for D entries in total_steps and totals. */
 poe_status poe_shared_pending(poe_shared_rule *rule, poe_pending *pending);
+/* For snapshots, after poe_shared_settle(): the sums under way, while comm stands still, and where the rule is. In a
+ * process that goes on from one, poe_shared_resume() then begins these sums again. */
+void poe_shared_image(poe_shared_rule *rule, poe_image *image);
+poe_status poe_shared_resume(poe_shared_rule *rule);
 /* Before loading a checkpoint: where n_totals totals of the steps just before `first` and the held sum are to be put. */
 void poe_shared_restore(poe_shared_rule *rule, int n_totals, int held_steps, poe_pending *pending);
 

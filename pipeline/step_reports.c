@@ -1,6 +1,8 @@
 /* SPDX-License-Identifier: MIT */
 #include "pipeline/step_reports.h"
 
+#include <math.h>
+
 void poe_step_reports_start(poe_step_reports *s, poe_run *run)
 {
     *s = (poe_step_reports){.run = run, .passed = run->first_step, .done = run->first_step};
@@ -32,6 +34,12 @@ static void collect_losses(const poe_run *r, const poe_step_report *reports, dou
         losses[0] /= r->size;
 }
 
+/* A stage that has skipped a step has no loss of it: null. */
+static json_t *number(double x)
+{
+    return isfinite(x) ? json_real(x) : json_null();
+}
+
 static poe_status write_step(poe_step_reports *s, int64_t step, const poe_step_report *reports)
 {
     poe_run *r = s->run;
@@ -41,7 +49,7 @@ static poe_status write_step(poe_step_reports *s, int64_t step, const poe_step_r
     json_t *stages = json_array(), *accounts = json_array();
     collect_losses(r, reports, losses);
     for (int k = 0; k < poe_run_heads(r); k++)
-        json_array_append_new(stages, json_real(losses[k]));
+        json_array_append_new(stages, number(losses[k]));
     for (int k = 0; k < r->size; k++)
         json_array_append_new(accounts, poe_account_json(&reports[k].times));
     double loss = poe_report_loss(r, losses);
@@ -49,7 +57,7 @@ static poe_status write_step(poe_step_reports *s, int64_t step, const poe_step_r
     poe_progress_step(&s->progress, step, loss, losses, rates.lrm, dt, s->own[step % POE_STEP_REPORTS].epoch);
     json_t *object = r->options->emulate_compute
                          ? json_pack("{s:I, s:s}", "step", (json_int_t)step, "emulated", "compute")
-                         : json_pack("{s:I, s:f, s:O, s:f}", "step", (json_int_t)step, "loss", loss, "stage_loss", stages,
+                         : json_pack("{s:I, s:o, s:O, s:f}", "step", (json_int_t)step, "loss", number(loss), "stage_loss", stages,
                                      "lrm", rates.lrm);
     json_decref(stages);
     json_object_set_new(object, "tokens", json_integer((json_int_t)tokens));
@@ -75,4 +83,13 @@ poe_status poe_step_reports_pass(poe_step_reports *s, bool all)
     while (status == POE_OK && s->passed < s->done && (all || poe_streams_report_ready(&s->run->streams)))
         status = pass(s, s->passed++);
     return status;
+}
+
+void poe_step_reports_image(poe_step_reports *s, poe_image *image)
+{
+    poe_image_pass(image, s->own, sizeof(s->own));
+    poe_image_pass(image, &s->passed, sizeof(s->passed));
+    poe_image_pass(image, &s->done, sizeof(s->done));
+    if (poe_run_is_last(s->run))
+        poe_progress_image(&s->progress, image);
 }

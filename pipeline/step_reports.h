@@ -25,6 +25,9 @@ void poe_step_reports_start(poe_step_reports *reports, poe_run *run);
 void poe_step_reports_add(poe_step_reports *reports, int64_t step, const poe_step_report *report, uint32_t epoch);
 bool poe_step_reports_full(const poe_step_reports *reports);
 
+/* For snapshots, between two steps. */
+void poe_step_reports_image(poe_step_reports *reports, poe_image *image);
+
 /* Passes on those that need no waiting, or `all`. */
 poe_status poe_step_reports_pass(poe_step_reports *reports, bool all);
 

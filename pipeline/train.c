@@ -2,11 +2,16 @@
 #include "pipeline/train.h"
 
 #include <stdlib.h>
+#include <string.h>
 
+#include "comm/agent/board.h"
 #include "pipeline/micro_batches.h"
+#include "pipeline/recovery.h"
 #include "pipeline/report.h"
+#include "pipeline/snapshot.h"
 #include "pipeline/step_reports.h"
 #include "src/log.h"
+#include "src/moment.h"
 
 typedef struct trainer {
     poe_run *run;
@@ -66,6 +71,7 @@ static poe_status save(trainer *t, int64_t step)
     poe_status status = poe_shared_pending(&r->shared, &pending);
     if (status != POE_OK)
         return status;
+    poe_moment(POE_PHASE_CHECKPOINT, step, -1);
     json_t *facts = r->rank == 0 ? facts_of(r, step, &pending) : NULL;
     /* Replicas have the same to write: whoever leads does it. */
     bool writes = !poe_layout_replicated(&r->layout) || poe_checkpoint_store_leads(r->store);
@@ -78,6 +84,45 @@ static poe_status save(trainer *t, int64_t step)
 static bool due(int64_t done, int every)
 {
     return every && done % every == 0;
+}
+
+/* --- snapshots --------------------------------------------------------------------------------------------------------------- */
+
+static void pass_loop(void *loop, poe_image *image)
+{
+    trainer *t = loop;
+    poe_image_pass(image, t->training, sizeof(*t->training));
+    poe_step_reports_image(&t->reports, image);
+}
+
+static poe_status take_snapshot(trainer *t, int64_t step)
+{
+    poe_account_enter(&t->run->accounts, POE_ACCOUNT_CHECKPOINT, step, -1);
+    poe_status status = poe_shared_settle(&t->run->shared);
+    return status == POE_OK ? poe_snapshot_take(t->run, step, pass_loop, t) : status;
+}
+
+/* The first snapshot, or the return to the last one. *step: where training begins. */
+static poe_status begin_recoverable(trainer *t, int64_t *step)
+{
+    poe_run *r = t->run;
+    *step = r->first_step;
+    if (!poe_comm_board(r->comm))
+        return POE_OK;
+    poe_comm_journal(r->comm, NULL, NULL, false);
+    if (!poe_snapshot_resumes(r->comm))
+        return take_snapshot(t, *step);
+    poe_status status = poe_snapshot_restore(r, step, pass_loop, t);
+    if (status == POE_OK && strcmp(r->options->recover, "skip") == 0)
+        poe_recovery_begin_absence(r, *step);
+    return status;
+}
+
+static void end_recoverable(trainer *t)
+{
+    poe_board *board = poe_comm_board(t->run->comm);
+    if (board)
+        atomic_store(&board->recoverable, false);
 }
 
 /* --- the run ------------------------------------------------------------------------------------------------------------------- */
@@ -134,6 +179,16 @@ static bool saves_after(const trainer *t, int64_t done)
     return !o->emulate_compute && (t->stop || due(done, o->save_every));
 }
 
+/* What took long is not to be repeated, and its messages need not be kept. */
+static bool snaps_after(const trainer *t, int64_t done)
+{
+    poe_board *board = poe_comm_board(t->run->comm);
+    if (!board || t->stop)
+        return false;
+    return atomic_exchange(&board->snapshot_wanted, false) || due(done, t->run->options->snapshot_every) ||
+           evaluates_after(t, done) || saves_after(t, done);
+}
+
 /* Where the next step does not follow at once, this one lasts until its sums are there. */
 static poe_status settle_before_pause(trainer *t, int64_t done)
 {
@@ -169,6 +224,8 @@ static poe_status rest_after(trainer *t, int64_t done)
         status = evaluate(t, done);
     if (status == POE_OK && saves)
         status = save(t, done);
+    if (status == POE_OK && snaps_after(t, done))
+        status = take_snapshot(t, done);
     poe_account_enter(&t->run->accounts, POE_ACCOUNT_OTHER, done, -1);
     mark_traffic(t);
     return status;
@@ -198,8 +255,10 @@ static poe_status finish(trainer *t)
 static poe_status run_steps(trainer *t)
 {
     poe_run *r = t->run;
-    poe_status status = POE_OK;
-    for (int64_t step = r->first_step; status == POE_OK && !t->stop && step < r->options->num_iterations; step++)
+    int64_t step;
+    poe_status status = begin_recoverable(t, &step);
+    mark_traffic(t);
+    for (; status == POE_OK && !t->stop && step < r->options->num_iterations; step++)
         status = run_step(t, step);
     bool interrupted = t->stop && t->training->steps < r->options->num_iterations;
     if (status == POE_OK && !interrupted)
@@ -219,10 +278,10 @@ poe_status poe_train(poe_run *r, poe_training *training)
     t->training = training;
     poe_step_reports_start(&t->reports, r);
     poe_status status = poe_micro_batches_open(&t->batches, r, &t->reports);
-    mark_traffic(t);
     poe_accounts_start(&r->accounts, r->comm, r->trace);
     if (status == POE_OK)
         status = run_steps(t);
+    end_recoverable(t);
     poe_accounts_stop(&r->accounts);
     if (poe_run_is_last(r))
         poe_progress_end(&t->reports.progress);

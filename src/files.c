@@ -9,6 +9,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -237,7 +238,7 @@ static poe_status sync_parent(const char *path)
 poe_status poe_replace_file(const char *name, const char *path)
 {
     poe_status status = poe_sync_path(name);
-    if (status == POE_OK && rename(name, path) != 0) {
+    if (status == POE_OK && poe_temporary_rename(name, path, 0) != 0) {
         poe_error("cannot rename %s to %s: %s", name, path, strerror(errno));
         status = POE_FAILED;
     }
@@ -331,14 +332,22 @@ void poe_temporary_forget(const char *path)
     free(item);
 }
 
-void poe_temporary_remove_all(void)
+int poe_temporary_rename(const char *path, const char *final, unsigned flags)
 {
     pthread_mutex_lock(&temporaries_lock);
-    while (temporaries) {
-        temporary *item = temporaries;
-        temporaries = item->next;
-        remove_quietly(item->path);
-        free(item);
-    }
+    int failed = renameat2(AT_FDCWD, path, AT_FDCWD, final, flags), reason = errno;
     pthread_mutex_unlock(&temporaries_lock);
+    errno = reason;
+    return failed;
+}
+
+/* Into a directory other processes may be writing, which are about to end too. */
+void poe_temporary_remove_all(void)
+{
+    enum { TRIES = 50 };
+    const struct timespec moment = {.tv_nsec = 4000000};
+    pthread_mutex_lock(&temporaries_lock);
+    for (; temporaries; temporaries = temporaries->next)
+        for (int i = 0; i < TRIES && !remove_quietly(temporaries->path); i++)
+            nanosleep(&moment, NULL);
 }

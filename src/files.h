@@ -45,11 +45,14 @@ poe_status poe_sync_path(const char *path);
 /* Removes a directory and all that is in it. A missing one is no failure. */
 poe_status poe_remove_tree(const char *path);
 
-/* Temporary paths that must not outlive a killed process: registered while they exist; poe_temporary_remove_all()
- * removes what is registered, files and directories (called from a signal thread before _exit; takes no lock that a
- * writer holds for long). */
+/* Temporary paths that must not outlive a killed process: registered while they exist, by the one process that gives them
+ * their final name. poe_temporary_remove_all() removes what is registered, files and directories, and is the last thing that
+ * a process does before _exit, in whichever thread: others that come to one of these functions wait there for the end. So
+ * nothing gets its final name that is being removed. */
 void poe_temporary_register(const char *path);
 void poe_temporary_forget(const char *path);
+/* renameat2() with these flags. */
+int poe_temporary_rename(const char *temporary, const char *final, unsigned flags);
 void poe_temporary_remove_all(void);
 
 #endif

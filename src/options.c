@@ -206,6 +206,8 @@ static poe_status apply_json(poe_options *options, json_t *object, const char *p
         char where[POE_PATH_MAX + POE_OPTION_TEXT];
         if (!option || !in_files(option, command))
             return unknown_key(path, key, command);
+        if (!given && (option->traits & POE_OPTION_ONCE))
+            continue;
         snprintf(where, sizeof(where), "%s: %s", path, key);
         poe_option_clear(options, option);
         poe_status status = poe_option_set_json(options, option, value, where);

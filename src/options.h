@@ -84,6 +84,16 @@ typedef struct poe_options {
     int64_t memory_limit;            /* bytes of a rank; 0: none. JSON: also texts, "4GiB" */
     char kernels[POE_OPTION_TEXT]; /* auto | generic | avx2 | avx512 */
     bool dry_run;
+    /* recovery */
+    char agents[POE_OPTION_TEXT];  /* auto | on | off */
+    char recover[POE_OPTION_TEXT]; /* replay | skip */
+    int snapshot_every;            /* steps */
+    char on_nan[POE_OPTION_TEXT];  /* stop | skip */
+    int64_t log_limit;             /* bytes; 0: the default of comm/agent/relay.h */
+    /* faults; a resumed run starts without those of the run before */
+    char *fault; /* owned; NULL or "none": no rules */
+    double mtbf; /* seconds; 0: no random failures */
+    int64_t fault_seed;
     /* measuring */
     char *trace;           /* owned; NULL: none */
     char *emulate_compute; /* owned; NULL: compute; else poe_emulation_parse() takes it */

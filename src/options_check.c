@@ -155,6 +155,34 @@ static poe_status check_ports(poe_options *options)
     return POE_BAD_INPUT;
 }
 
+/* An agent looks after a stage process that trains, and carries its messages over the fabric. */
+static poe_status check_agents(const poe_options *options)
+{
+    const char *transport = options->transport;
+    bool carried = strcmp(transport, "auto") == 0 || strcmp(transport, "fabric") == 0;
+    if (strcmp(options->agents, "on") != 0 || (carried && !options->trace && !options->eval_only && !is_replicated(options)))
+        return POE_OK;
+    if (!carried)
+        poe_error("--agents on: agents carry messages over the fabric; found --transport %s, allowed are auto and fabric",
+                  transport);
+    else if (is_replicated(options))
+        poe_error("--agents on is for ranks that are stages; found --schedule ddp, allowed is any other, or --agents auto");
+    else
+        poe_error("--agents on and --%s exclude each other; allowed with it is --agents auto or off",
+                  options->trace ? "trace" : "eval-only");
+    return POE_BAD_INPUT;
+}
+
+/* Where gradients flow back, no stage can leave anything out. */
+static poe_status check_left_out(const poe_options *options)
+{
+    const char *flag = strcmp(options->recover, "skip") == 0 ? "--recover" : strcmp(options->on_nan, "skip") == 0 ? "--on-nan" : NULL;
+    if (!flag || strcmp(options->objective, "poe") == 0)
+        return POE_OK;
+    poe_error("%s skip lets a stage go on without the others: found --objective %s, allowed with it is poe", flag, options->objective);
+    return POE_BAD_INPUT;
+}
+
 /* One sentence each: what must not be without, or beside, what. */
 static const char *conflict(const poe_options *options)
 {
@@ -215,6 +243,10 @@ static poe_status check_train(poe_options *options)
         status = check_ranks(options);
     if (status == POE_OK)
         status = check_emulation(options);
+    if (status == POE_OK)
+        status = check_agents(options);
+    if (status == POE_OK)
+        status = check_left_out(options);
     return status == POE_OK ? check_ports(options) : status;
 }
 

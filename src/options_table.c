@@ -18,6 +18,7 @@ enum {
     FIXED = POE_OPTION_RUN, /* stays as the run was started */
     CHANGEABLE = POE_OPTION_RUN | POE_OPTION_RESUMABLE,
     LOCAL = POE_OPTION_RUN | POE_OPTION_RESUMABLE | POE_OPTION_LOCAL,
+    ONCE = POE_OPTION_RUN | POE_OPTION_RESUMABLE | POE_OPTION_ONCE,
     CALL = POE_OPTION_RESUMABLE | POE_OPTION_LOCAL, /* belongs to one call, not to the run */
 };
 
@@ -161,6 +162,24 @@ const poe_option poe_option_table[] = {
     WORD("kernels", kernels, "auto", "auto|generic|avx2|avx512", TRAIN | GENERATE, CHANGEABLE,
          "instructions to compute with"),
     BOOL("dry-run", dry_run, TRAIN, CALL, "show model and memory per rank, and stop"),
+#undef GROUP
+#define GROUP "Recovery"
+    WORD("agents", agents, "auto", "auto|on|off", TRAIN, CALL,
+         "a rank's stage process is looked after by an agent, which starts it again; auto: under mpiexec, over the "
+         "fabric"),
+    WORD("recover", recover, "replay", "replay|skip", TRAIN, CHANGEABLE,
+         "a stage process that is started again repeats what it had done since its snapshot, or goes on without"),
+    WORD("on-nan", on_nan, "stop", "stop|skip", TRAIN, CHANGEABLE,
+         "a loss or gradient that is not finite ends the run, or its micro-batch is left out by that stage"),
+    INT("snapshot-every", snapshot_every, "10", 1, INT_MAX, TRAIN, LOCAL, "steps between a stage's own snapshots"),
+    SIZE("log-limit", log_limit, "256MiB", TRAIN, LOCAL,
+         "memory of a rank for messages that may be wanted again; at its limit a snapshot is taken"),
+#undef GROUP
+#define GROUP "Faults"
+    PATH("fault", "RULES", fault, TRAIN, ONCE,
+         "let ranks fail: rules such as 'kill rank=2 step=20 phase=backward', a file of them, or none"),
+    REAL("mtbf", mtbf, "0", 0, 1e6, TRAIN, ONCE, "mean seconds between random failures of the whole job; 0: none"),
+    INT64("fault-seed", fault_seed, "0", 0, EXACT_MAX, TRAIN, ONCE, "of the random failures"),
 #undef GROUP
 #define GROUP "Measuring"
     PATH("trace", "FILE", trace, TRAIN, CALL, "write what every rank did when, for ui.perfetto.dev"),

@@ -22,6 +22,7 @@ typedef enum poe_option_trait {
     POE_OPTION_RUN = 1,       /* decides numbers or files of a run: in its config.json */
     POE_OPTION_RESUMABLE = 2, /* a resumed run may change it */
     POE_OPTION_LOCAL = 4,     /* ranks may differ in it */
+    POE_OPTION_ONCE = 8,      /* a resumed run does not take it over */
 } poe_option_trait;
 
 typedef struct poe_option {

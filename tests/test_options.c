@@ -138,6 +138,12 @@ static void test_flags(void)
     CHECK_STRING(o.recompute, "auto");
     CHECK_INT(o.memory_limit, 4096);
     poe_options_free(&o);
+    CHECK_INT(parse(&o, &command, "--agents on --recover skip --snapshot-every 3"), POE_OK);
+    CHECK_STRING(o.agents, "on");
+    CHECK_STRING(o.recover, "skip");
+    CHECK_INT(o.snapshot_every, 3);
+    CHECK_INT(o.log_limit, 256LL << 20);
+    poe_options_free(&o);
     CHECK_INT(parse(&o, &command, "--n-embd 3 --help"), POE_OK);
     CHECK(o.help);
     poe_options_free(&o);
@@ -180,6 +186,14 @@ static void test_refused_values(void)
     REFUSED("--memory-limit", "--memory-limit MiB");
     REFUSED("--memory-limit", "--memory-limit 1.2.3MiB");
     REFUSED("--memory-limit", "--memory-limit 99999999TiB");
+    REFUSED("auto, on or off", "--agents maybe");
+    REFUSED("replay or skip", "--recover never");
+    REFUSED("--snapshot-every", "--snapshot-every 0");
+    REFUSED("--log-limit", "--log-limit 1GB");
+    REFUSED("--agents on: agents carry messages over the fabric; found --transport mpi", "--agents on --transport mpi");
+    REFUSED("--agents on and --trace exclude each other", "--agents on --trace x.json");
+    REFUSED("--agents on and --eval-only exclude each other", "--agents on --eval-only --init-from x.safetensors");
+    REFUSED("found --schedule ddp", "--agents on --objective bp --schedule ddp --stages 3");
     REFUSED("none, norms or block", "--recompute all");
     REFUSED("--schedule zb-h1 is for gradients that flow back", "--schedule zb-h1");
     REFUSED("--schedule poe is for stages that learn from their own losses", "--objective hierarchical --schedule poe");
@@ -449,6 +463,22 @@ static void check_resumed(const char *what, const char *out)
     poe_options_free(&o);
 }
 
+/* The faults of the run before are over. */
+static void check_once(void)
+{
+    poe_options o;
+    poe_command command;
+    make_folder("faulty");
+    write_file("faulty/config.json", "{\"n_embd\": 64, \"fault\": \"kill rank=0 step=3\", \"mtbf\": 20.0, "
+                                     "\"fault_seed\": 4, \"net\": \"none\"}");
+    CHECK_INT(parse(&o, &command, "--resume %s/faulty --fault-seed 5", folder), POE_OK);
+    CHECK(!o.fault && o.mtbf == 0 && o.fault_seed == 5 && o.net);
+    poe_options_free(&o);
+    CHECK_INT(parse(&o, &command, "--config %s/faulty/config.json", folder), POE_OK);
+    CHECK(o.fault && o.mtbf == 20 && o.fault_seed == 4);
+    poe_options_free(&o);
+}
+
 static void test_resume(void)
 {
     poe_options o;
@@ -468,6 +498,7 @@ static void test_resume(void)
     check_resumed("run/checkpoints/step-00000003", "/run");
     check_resumed("run/checkpoints/step-00000003/", "/run");
     check_resumed("moved/step-00000003", NULL);
+    check_once();
     CHECK_INT(parse(&o, &command, "--resume latest --out %s/run --n-embd 64", folder), POE_OK);
     CHECK_INT(o.num_iterations, 5);
     poe_options_free(&o);

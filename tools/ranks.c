@@ -1,6 +1,4 @@
 /* SPDX-License-Identifier: MIT */
-#include "tools/ranks.h"
-
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -14,17 +12,9 @@
 #include "pipeline/control.h"
 #include "src/files.h"
 #include "src/log.h"
+#include "tools/agents.h"
 
-typedef struct rank_job {
-    poe_transport *transport;
-    const poe_options *options;
-    poe_rank_body body;
-    int rank, size;
-    poe_status status;
-} rank_job;
-
-/* This rank cannot go on, and the others cannot without it: the launcher ends them when it sees this status. */
-static _Noreturn void end_job(int exit_status)
+_Noreturn void poe_ranks_end_job(int exit_status)
 {
     poe_log_settle(true);
     poe_temporary_remove_all();
@@ -32,21 +22,21 @@ static _Noreturn void end_job(int exit_status)
     _exit(exit_status);
 }
 
-static poe_status run_body(poe_comm *comm, const rank_job *job)
+static poe_status run_body(poe_comm *comm, const poe_rank_job *job)
 {
-    poe_control_add(comm);
+    poe_control_add_comm(comm);
     poe_status status = job->body(comm, job->options);
     poe_log_settle(true);
     poe_control_remove(comm);
     if (status != POE_OK && status != POE_BAD_INPUT && status != POE_INTERRUPTED)
-        end_job(poe_exit_status(status));
+        poe_ranks_end_job(poe_exit_status(status));
     poe_comm_destroy(comm, true);
     return status;
 }
 
 static void *run_thread(void *arg)
 {
-    rank_job *job = arg;
+    poe_rank_job *job = arg;
     poe_log *log = poe_log_create(job->rank, job->size);
     poe_log_attach(log);
     poe_log_hold();
@@ -54,19 +44,19 @@ static void *run_thread(void *arg)
     poe_comm *comm;
     job->status = poe_comm_create(job->transport, &settings, &comm);
     if (job->status != POE_OK)
-        end_job(poe_exit_status(job->status));
+        poe_ranks_end_job(poe_exit_status(job->status));
     job->status = run_body(comm, job);
     poe_log_destroy(log);
     return NULL;
 }
 
-static poe_status start_threads(pthread_t *threads, rank_job *jobs, int size)
+static poe_status start_threads(pthread_t *threads, poe_rank_job *jobs, int size)
 {
     for (int k = 0; k < size; k++) {
         int error = pthread_create(&threads[k], NULL, run_thread, &jobs[k]);
         if (error) {
             poe_error("cannot start the thread of stage %d: %s", k, strerror(error));
-            end_job(1);
+            poe_ranks_end_job(1);
         }
     }
     for (int k = 0; k < size; k++)
@@ -96,16 +86,16 @@ int poe_ranks_threads(int size, const poe_options *options, poe_rank_body body)
 {
     poe_transport *transports[POE_OPTION_STAGES];
     pthread_t threads[POE_OPTION_STAGES];
-    rank_job jobs[POE_OPTION_STAGES];
+    poe_rank_job jobs[POE_OPTION_STAGES];
     poe_status status = poe_inproc_create(size, transports);
     if (status == POE_OK)
         status = wrap(options, size, transports);
     if (status == POE_OK)
-        status = poe_control_start(false);
+        status = poe_control_start(POE_CONTROL_SAVES);
     if (status != POE_OK)
         return poe_exit_status(status);
     for (int k = 0; k < size; k++)
-        jobs[k] = (rank_job){.transport = transports[k], .options = options, .body = body, .rank = k, .size = size};
+        jobs[k] = (poe_rank_job){.transport = transports[k], .options = options, .body = body, .rank = k, .size = size};
     status = start_threads(threads, jobs, size);
     poe_control_stop();
     return exit_status_of(status);
@@ -134,7 +124,7 @@ static bool wants_fabric(const poe_options *options)
 
 /* The ranks meet over MPI, agree on what they were started with, and stay there unless the fabric is to carry the run.
  * On failure all return the same. */
-static poe_status meet(rank_job *job, const poe_comm_settings *settings, poe_status parse_status, poe_comm **comm)
+static poe_status meet(poe_rank_job *job, const poe_comm_settings *settings, poe_status parse_status, poe_comm **comm)
 {
     bool direct = parse_status == POE_OK && wants_fabric(job->options);
     poe_status status = poe_mpi_create(&job->transport), mine = parse_status;
@@ -145,11 +135,11 @@ static poe_status meet(rank_job *job, const poe_comm_settings *settings, poe_sta
     if (status == POE_OK)
         status = poe_comm_create(job->transport, settings, comm);
     if (status != POE_OK)
-        end_job(poe_exit_status(status));
+        poe_ranks_end_job(poe_exit_status(status));
     return poe_comm_agree(*comm, mine);
 }
 
-static poe_status open_fabric(rank_job *job, poe_comm *over)
+static poe_status open_fabric(poe_rank_job *job, poe_comm *over)
 {
     const poe_options *o = job->options;
     poe_fabric_settings settings = {.provider = o->fabric_provider,
@@ -165,36 +155,57 @@ static poe_status open_fabric(rank_job *job, poe_comm *over)
     return status;
 }
 
-static poe_status run_mpi_rank(rank_job *job, poe_status parse_status)
+poe_status poe_ranks_join(poe_rank_job *job, const poe_comm_settings *settings, poe_status parse_status, poe_comm **comm)
+{
+    poe_comm *over;
+    poe_status status = meet(job, settings, parse_status, &over);
+    bool direct = status == POE_OK && wants_fabric(job->options);
+    if (direct)
+        status = open_fabric(job, over);
+    if (status == POE_OK && !direct) {
+        *comm = over;
+        return POE_OK;
+    }
+    poe_comm_destroy(over, true);
+    *comm = NULL;
+    return status;
+}
+
+static poe_status run_mpi_rank(poe_rank_job *job, poe_status parse_status)
 {
     poe_comm_settings settings = {.deadline = parse_status == POE_OK ? job->options->deadline : 0};
     poe_comm *comm;
-    poe_status status = meet(job, &settings, parse_status, &comm);
-    bool direct = status == POE_OK && wants_fabric(job->options);
-    if (direct)
-        status = open_fabric(job, comm);
-    if (status != POE_OK) {
-        poe_comm_destroy(comm, true);
+    poe_status status = poe_ranks_join(job, &settings, parse_status, &comm);
+    if (status != POE_OK)
         return status;
-    }
-    if (direct) {
-        poe_comm_destroy(comm, true);
+    if (!comm)
         status = poe_comm_create(job->transport, &settings, &comm);
-        if (status != POE_OK)
-            end_job(poe_exit_status(status));
-    }
+    if (status != POE_OK)
+        poe_ranks_end_job(poe_exit_status(status));
     return run_body(comm, job);
+}
+
+/* The first processes to be, and the signals, before MPI starts threads. */
+static void start_rank(poe_rank_job *job, poe_status parse_status)
+{
+    bool saves = getenv("POE_PIPE_LAUNCHER") != NULL;
+    poe_status status = POE_OK;
+    if (parse_status == POE_OK && poe_agents_wanted(job->options))
+        status = poe_agents_prepare(job);
+    if (status == POE_OK)
+        status = poe_control_start(saves ? POE_CONTROL_SAVES : POE_CONTROL_KILLED_SOON);
+    if (status == POE_OK)
+        status = poe_mpi_start(&job->rank, &job->size);
+    if (status != POE_OK)
+        poe_ranks_end_job(poe_exit_status(status));
 }
 
 int poe_ranks_mpi(const poe_options *options, poe_status parse_status, poe_rank_body body)
 {
-    rank_job job = {.options = options, .body = body};
-    poe_status status = poe_control_start(!getenv("POE_PIPE_LAUNCHER"));
-    if (status == POE_OK)
-        status = poe_mpi_start(&job.rank, &job.size);
-    if (status != POE_OK)
-        end_job(poe_exit_status(status));
+    poe_rank_job job = {.options = options, .body = body};
+    start_rank(&job, parse_status);
     if (job.size == 1) {
+        poe_agents_dismiss(&job);
         poe_control_stop();
         poe_log_settle(true);
         int exit_status = parse_status == POE_OK ? poe_ranks_threads(poe_options_rank_count(options), options, body)
@@ -202,7 +213,8 @@ int poe_ranks_mpi(const poe_options *options, poe_status parse_status, poe_rank_
         poe_mpi_finish();
         return exit_status;
     }
-    status = run_mpi_rank(&job, parse_status);
+    poe_status status = job.keeper ? poe_agents_run(&job) : run_mpi_rank(&job, parse_status);
+    poe_agents_dismiss(&job);
     poe_mpi_finish();
     poe_control_stop();
     return exit_status_of(status);

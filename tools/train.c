@@ -2,11 +2,14 @@
 #include "tools/train.h"
 
 #include <jansson.h>
+#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
+#include "comm/agent/board.h"
 #include "comm/mpi/mpi.h"
+#include "faults/fault.h"
 #include "faults/net.h"
 #include "pipeline/generate.h"
 #include "pipeline/interchange.h"
@@ -15,10 +18,14 @@
 #include "pipeline/settings.h"
 #include "pipeline/train.h"
 #include "src/log.h"
+#include "src/moment.h"
 #include "src/plot.h"
+#include "tools/agents.h"
 #include "tools/ranks.h"
 
 enum { SAMPLE_TOKENS = 120 };
+
+static _Thread_local poe_fault_plan *fault_plan; /* of a rank that trains */
 
 /* --- before the first step ------------------------------------------------------------------------------------------------- */
 
@@ -96,7 +103,9 @@ static poe_status open_metrics(poe_run *r)
     poe_status status = poe_path(path, "%s/%s", r->out, name);
     if (status == POE_OK)
         status = poe_path(previous, "%s/%s", r->resumed_run, name);
-    if (status == POE_OK)
+    if (status == POE_OK && poe_comm_replays(r->comm))
+        status = poe_metrics_reopen(&r->metrics, path);
+    else if (status == POE_OK)
         status = poe_metrics_open(&r->metrics, path, r->resumed_run[0] ? previous : NULL, r->first_step,
                                   r->first_step - evaluated_again);
     if (poe_comm_emulated(r->comm))
@@ -107,17 +116,18 @@ static poe_status open_metrics(poe_run *r)
 /* The run's folder: configuration and tokenizer (on every host), metrics (at the last rank), checkpoints. */
 static poe_status prepare_folder(poe_run *r)
 {
-    if (r->rank == 0 && r->resumed[0])
+    bool anew = !poe_comm_replays(r->comm);
+    if (r->rank == 0 && r->resumed[0] && anew)
         describe_changes(r);
-    poe_status status = poe_comm_agree(r->comm, r->resumed[0] ? seek_data(r) : POE_OK);
+    poe_status status = poe_comm_agree(r->comm, r->resumed[0] && anew ? seek_data(r) : POE_OK);
     if (status != POE_OK)
         return status;
     status = poe_checkpoint_store_open(r->comm, r->out, r->options->keep, &r->store);
-    if (status == POE_OK && poe_checkpoint_store_leads(r->store))
+    if (status == POE_OK && anew && poe_checkpoint_store_leads(r->store))
         status = poe_checkpoint_store_abandon(r->store, r->first_step);
-    if (status == POE_OK && poe_checkpoint_store_leads(r->store))
+    if (status == POE_OK && anew && poe_checkpoint_store_leads(r->store))
         status = write_config(r);
-    if (status == POE_OK && r->rank == 0)
+    if (status == POE_OK && anew && r->rank == 0)
         status = write_tokenizer(r);
     if (status == POE_OK && poe_run_is_last(r))
         status = open_metrics(r);
@@ -197,12 +207,36 @@ static poe_status report(poe_run *r, const poe_training *t, bool interrupted)
 
 /* --- the bodies of a rank ---------------------------------------------------------------------------------------------------- */
 
+/* --- faults on purpose ------------------------------------------------------------------------------------------------------- */
+
+static void put_nan(void *context)
+{
+    poe_stage_own_gradients(((poe_run *)context)->stage)[0] = NAN;
+}
+
+static void wake_agent(void *context)
+{
+    poe_ring_wake(&poe_comm_board(((poe_run *)context)->comm)->to_agent);
+}
+
+/* What a plan has to know of this run. */
+static void hook_faults(poe_run *r)
+{
+    poe_fault_hooks hooks = {.context = r,
+                             .nan = put_nan,
+                             .wake = poe_comm_board(r->comm) ? wake_agent : NULL,
+                             .run = r->out,
+                             .stage = r->index};
+    poe_fault_plan_hook(fault_plan, r->rank, &hooks);
+}
+
 static poe_status train_run(poe_run *r)
 {
     poe_status status = prepare_folder(r);
     if (status != POE_OK)
         return status;
-    if (r->rank == 0)
+    hook_faults(r);
+    if (r->rank == 0 && !poe_comm_replays(r->comm))
         status = poe_report_start(r->options, &r->model, r->threads, r);
     if (status == POE_OK)
         status = poe_comm_barrier(r->comm, "the start");
@@ -221,9 +255,16 @@ static poe_status train_run(poe_run *r)
     return reported != POE_OK ? reported : status;
 }
 
-static poe_status train_rank(poe_comm *comm, const poe_options *options)
+static poe_status train_rank(poe_comm *comm, const poe_options *o)
 {
-    return poe_run_do(comm, options, POE_PURPOSE_TRAIN, train_run);
+    poe_status status = poe_fault_plan_read(o->fault, o->mtbf, (uint64_t)o->fault_seed, poe_comm_size(comm), &fault_plan);
+    if (status == POE_OK)
+        status = poe_fault_plan_attach(fault_plan, poe_comm_rank(comm), poe_comm_board(comm));
+    if (status == POE_OK)
+        status = poe_run_do(comm, o, POE_PURPOSE_TRAIN, train_run);
+    poe_moment_observe(NULL, NULL);
+    poe_fault_plan_free(fault_plan);
+    return status;
 }
 
 static poe_status write_evaluation(const poe_run *r, const poe_evaluation *e)
@@ -290,6 +331,18 @@ static poe_status check_transport(const poe_options *o, bool launched)
     return POE_BAD_INPUT;
 }
 
+/* Whether there are several processes is not the flags' to say. */
+static poe_status check_agents(const poe_options *o)
+{
+    int rank = 0, size = 1;
+    poe_mpi_environment(&rank, &size);
+    if (strcmp(o->agents, "on") != 0 || size > 1)
+        return POE_OK;
+    poe_error("--agents on: agents are for ranks that are processes, and this is the only one; start more with --ranks %d "
+              "or mpiexec -n %d, or give --agents auto", o->stages.count, o->stages.count);
+    return POE_BAD_INPUT;
+}
+
 /* Replicas are as many as were started, stages as many as were asked for. */
 static int ranks_of(const poe_options *o)
 {
@@ -306,6 +359,18 @@ static poe_status check_net(const poe_options *o)
     return status;
 }
 
+/* Ranks that a launcher starts may have agents, threads of one process never. */
+static poe_status check_fault(const poe_options *o, bool launched)
+{
+    poe_fault_plan *plan;
+    poe_status status = poe_fault_plan_read(o->fault, o->mtbf, (uint64_t)o->fault_seed, ranks_of(o), &plan);
+    if (status != POE_OK)
+        return status;
+    status = poe_fault_plan_check(plan, (launched && poe_agents_wanted(o)) || (o->dry_run && o->ranks > 1));
+    poe_fault_plan_free(plan);
+    return status;
+}
+
 int poe_train_main(int argc, char **argv, poe_options *options, poe_status parse_status)
 {
     (void)argc;
@@ -316,6 +381,10 @@ int poe_train_main(int argc, char **argv, poe_options *options, poe_status parse
         status = poe_kernels_parse(options->kernels, &kernels);
     if (status == POE_OK)
         status = check_net(options);
+    if (status == POE_OK && !options->dry_run)
+        status = check_agents(options);
+    if (status == POE_OK)
+        status = check_fault(options, launched);
     if (status == POE_OK && options->dry_run) {
         int rank = 0, size = 1;
         poe_mpi_environment(&rank, &size);

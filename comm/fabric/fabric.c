@@ -82,12 +82,12 @@ static void step(fabric *f, bool waits)
         free_closed(f);
 }
 
-/* Returns true when it was woken. */
+/* Returns true when it was woken, or what is watched may be read. */
 static bool sleep_until(fabric *f, double until)
 {
     struct fid *fids[] = {&f->cq->fid, &f->eq->fid};
     struct pollfd fds[] = {{.fd = f->cq_fd, .events = POLLIN}, {.fd = f->eq_fd, .events = POLLIN},
-                           {.fd = f->wake_fd, .events = POLLIN}};
+                           {.fd = f->wake_fd, .events = POLLIN}, {.fd = f->watched, .events = POLLIN}};
     uint64_t rings;
     double left = until - poe_now();
     if (left <= 0 || !f->quiet)
@@ -97,12 +97,14 @@ static bool sleep_until(fabric *f, double until)
         return false;
     }
     struct timespec t = {.tv_sec = (time_t)left, .tv_nsec = (long)((left - (double)(time_t)left) * 1e9)};
-    ppoll(fds, 3, &t, NULL);
+    if (ppoll(fds, 4, &t, NULL) < 0)
+        return false;
     f->quiet = fds[0].revents == 0;
     f->look = fds[1].revents != 0;
-    if (!fds[2].revents || read(f->wake_fd, &rings, sizeof(rings)) < 0)
-        return false;
-    return atomic_exchange(&f->rung, false);
+    bool woken = fds[3].revents != 0;
+    if (fds[2].revents && read(f->wake_fd, &rings, sizeof(rings)) > 0)
+        woken |= atomic_exchange(&f->rung, false);
+    return woken;
 }
 
 /* --- the table ---------------------------------------------------------------------------------------------------- */
@@ -170,6 +172,11 @@ static void fabric_cut(poe_transport *transport, int rank)
         poe_line_drop(p);
 }
 
+static void fabric_watch(poe_transport *transport, int fd)
+{
+    ((fabric *)transport)->watched = fd;
+}
+
 static bool may_leave(const peer *p)
 {
     bool never_met = p->state != JOINED && p->apart_since == 0;
@@ -198,6 +205,7 @@ static void say_goodbye(fabric *f)
 static void fabric_destroy(poe_transport *transport)
 {
     fabric *f = (fabric *)transport;
+    f->watched = -1;
     say_goodbye(f);
     for (int rank = 0; rank < f->base.size; rank++)
         if (f->peers[rank]) {
@@ -222,6 +230,7 @@ static const poe_transport_ops fabric_ops = {
     .cancel = fabric_cancel,
     .destroy = fabric_destroy,
     .cut = fabric_cut,
+    .watch = fabric_watch,
 };
 
 /* --- starting ----------------------------------------------------------------------------------------------------- */
@@ -237,6 +246,7 @@ poe_status poe_fabric_join(fabric *f, int rank, int size, const fabric_name *nam
     memcpy(f->names, names, (size_t)size * sizeof(*names));
     memcpy(f->secret, secret, sizeof(f->secret));
     gethostname(f->host, sizeof(f->host) - 1);
+    f->watched = -1;
     f->base = (poe_transport){.ops = &fabric_ops, .rank = rank, .size = size, .host_ranks = 1, .host = f->host};
     return POE_OK;
 }

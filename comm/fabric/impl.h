@@ -152,6 +152,7 @@ struct fabric {
     uint64_t key; /* of the next registered memory */
     int parts; /* that the provider takes in one message, at most MAX_PARTS */
     int eq_fd, cq_fd, wake_fd;
+    int watched; /* somebody else's; -1: none */
     atomic_bool rung;
     unsigned char secret[POE_SECRET_BYTES];
     fabric_name name, *names; /* own; of all */

@@ -3,6 +3,8 @@
  * copies, and leaves word in the sender's mailbox that it is done. Nothing is buffered in between. */
 #include "comm/inproc/inproc.h"
 
+#include <math.h>
+#include <poll.h>
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdint.h>
@@ -12,6 +14,7 @@
 #include <unistd.h>
 
 #include "comm/alarm.h"
+#include "src/clock.h"
 #include "src/log.h"
 
 /* A send that has not been taken, or a receive that has got nothing: `peer` is the other side. */
@@ -45,6 +48,7 @@ typedef struct inproc {
     poe_transport base;
     world *world;
     notes receives; /* this rank's, in order */
+    int watched;    /* somebody else's file descriptor; -1: none */
 } inproc;
 
 static mailbox *mailbox_of(poe_transport *transport, int rank)
@@ -159,19 +163,39 @@ static bool step(poe_transport *transport)
     return any || matched;
 }
 
+/* An alarm cannot wait for a file descriptor: one that is watched is looked at from time to time. */
+static void sleep_for(poe_transport *transport, double wait)
+{
+    const double glance = 1e-3;
+    poe_alarm *alarm = &mailbox_of(transport, transport->rank)->alarm;
+    struct pollfd watched = {.fd = ((inproc *)transport)->watched, .events = POLLIN};
+    double until = poe_now() + wait;
+    for (double left = wait; left > 0; left = until - poe_now()) {
+        if (watched.fd >= 0 && poll(&watched, 1, 0) > 0)
+            return;
+        if (poe_alarm_sleep(alarm, watched.fd >= 0 ? fmin(left, glance) : left))
+            return;
+    }
+}
+
 static bool inproc_progress(poe_transport *transport, double wait)
 {
     if (step(transport))
         return true;
     if (!(wait > 0))
         return false;
-    poe_alarm_sleep(&mailbox_of(transport, transport->rank)->alarm, wait);
+    sleep_for(transport, wait);
     return step(transport);
 }
 
 static void inproc_wake(poe_transport *transport)
 {
     poe_alarm_ring(&mailbox_of(transport, transport->rank)->alarm);
+}
+
+static void inproc_watch(poe_transport *transport, int fd)
+{
+    ((inproc *)transport)->watched = fd;
 }
 
 static bool withdraw(notes *list, const poe_operation *op)
@@ -230,6 +254,7 @@ static const poe_transport_ops inproc_ops = {
     .wake = inproc_wake,
     .cancel = inproc_cancel,
     .destroy = inproc_destroy,
+    .watch = inproc_watch,
 };
 
 static world *create_world(int size)
@@ -255,6 +280,7 @@ poe_status poe_inproc_create(int size, poe_transport **transports)
         t->base = (poe_transport){
             .ops = &inproc_ops, .rank = made, .size = size, .host_ranks = size, .host = w->host};
         t->world = w;
+        t->watched = -1;
         atomic_fetch_add(&w->users, 1);
         transports[made] = &t->base;
     }

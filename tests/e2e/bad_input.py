@@ -93,6 +93,11 @@ def networks(folder):
                          (rules, (rules, 'line 3', "'0-1:rtt=5'", 'allowed')), ('nothing', ('nothing', 'file'))):
         refuse(tiny(folder, net=value), '--net', *words, launches=(poe.THREADS,))
         refuse(tiny(folder, net=value, transport='mpi'), '--net', *words, launches=(poe.RANKS,))
+    for value, words in (('kill rank=9 step=1', ("'kill rank=9 step=1'", 'rank from 0 to 2')),
+                         ('burn rank=1 step=1', ('burn', 'segfault')), ('nothing', ('nothing', 'file'))):
+        refuse(tiny(folder, fault=value), '--fault', *words, launches=(poe.THREADS,))
+        refuse(tiny(folder, fault=value, transport='mpi'), '--fault', *words, launches=(poe.RANKS,))
+    refuse(tiny(folder, fault='cut rank=0 to=1 step=1'), '--fault', 'agent', launches=(poe.THREADS,))
     refuse(tiny(folder, net='0-9:rtt=5ms', dry_run=True), 'no rank 9', launches=(poe.THREADS,))
     check_untouched(folder)
 

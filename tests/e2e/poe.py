@@ -101,21 +101,30 @@ class Background:
         self.err.close()
 
     def family(self):
-        """This process and all that descend from it."""
-        found = [self.pid]
-        for pid in found:
-            found += children(pid)
-        return found
+        return descendants(self.pid)
 
     def rank_pids(self, size):
-        """Processes of poe-pipe that are ranks, in order of rank."""
+        """Processes of poe-pipe that mpiexec started, in order of rank: agents, where there are agents."""
         ranks = {}
         for pid in self.family():
             env = process_environment(pid)
             if env.get('OMPI_COMM_WORLD_RANK') and os.path.realpath(PROGRAM) == process_program(pid):
-                ranks[int(env['OMPI_COMM_WORLD_RANK'])] = pid
+                ranks.setdefault(int(env['OMPI_COMM_WORLD_RANK']), pid)
         check(sorted(ranks) == list(range(size)), f'ranks found: {ranks}')
         return [ranks[r] for r in range(size)]
+
+    def find(self, name, size):
+        """Processes by name ("poe-stage"), in order of rank; None where one is missing."""
+        pids = {process_name(pid): pid for pid in self.family()}
+        return [pids.get(f'{name} {rank}') for rank in range(size)]
+
+    def has(self, name, size):
+        return None not in self.find(name, size)
+
+    def named(self, name, size):
+        found = self.find(name, size)
+        check(None not in found, f'{name}: {found}')
+        return found
 
     def wait(self, timeout=60):
         code = self.process.wait(timeout)
@@ -140,12 +149,27 @@ def children(pid):
         return []
 
 
+def descendants(pid):
+    """A process and all that descend from it, parents first."""
+    found = [pid]
+    for each in found:
+        found += children(each)
+    return found
+
+
 def process_environment(pid):
     try:
         words = open(f'/proc/{pid}/environ', 'rb').read().decode(errors='replace').split('\0')
     except OSError:
         return {}
     return dict(w.split('=', 1) for w in words if '=' in w)
+
+
+def process_name(pid):
+    try:
+        return open(f'/proc/{pid}/comm').read().strip()
+    except OSError:
+        return ''
 
 
 def process_program(pid):

@@ -143,7 +143,8 @@ def stopped_rank(folder):
     for launch, stopped in ((poe.RANKS, 0), (poe.MPIEXEC, 1)):
         with start(f'{folder}/{launch}', data, launch, num_iterations=100000, deadline=2) as run:
             pids = run.family()
-            os.kill(run.rank_pids(2)[stopped], signal.SIGSTOP)
+            for pid in reversed(poe.descendants(run.rank_pids(2)[stopped])):
+                os.kill(pid, signal.SIGSTOP)
             begin = time.monotonic()
             result = run.wait()
             took = time.monotonic() - begin

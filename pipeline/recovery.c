@@ -1,0 +1,118 @@
+/* SPDX-License-Identifier: MIT */
+#include "pipeline/recovery.h"
+
+#include <stdio.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "comm/agent/board.h"
+#include "src/files.h"
+#include "src/log.h"
+
+static uint64_t place_of(int64_t step, int micro)
+{
+    return (uint64_t)step << 32 | (uint32_t)micro;
+}
+
+static void end_absence(poe_run *r, int64_t step, int micro)
+{
+    poe_absence *a = &r->absence;
+    bool there = step == a->step && micro >= a->micro;
+    if (step < a->step || (step == a->step && micro < a->micro)) {
+        poe_compute_attend(&r->compute, POE_ABSENT);
+    } else if (there && a->micro > 0) {
+        poe_compute_attend(&r->compute, POE_RETURNING);
+    } else {
+        poe_compute_attend(&r->compute, POE_PRESENT);
+        a->ends = false;
+        poe_warn("stage %d goes on without its own updates of steps %lld to %lld; its gradients of what it had under way "
+                 "count as zero", r->index, (long long)a->from, (long long)(a->micro > 0 ? a->step : a->step - 1));
+    }
+}
+
+void poe_recovery_reach(poe_run *r, int64_t step, int micro)
+{
+    poe_board *board = poe_comm_board(r->comm);
+    if (!board)
+        return;
+    if (r->absence.ends)
+        end_absence(r, step, micro);
+    if (place_of(step, micro) > atomic_load(&board->reached))
+        atomic_store(&board->reached, place_of(step, micro));
+}
+
+/* What the stages after this one have not been sent must be computed; an evaluation is followed by a snapshot, so since
+ * then there were micro-batches of training. */
+static uint64_t first_unsent(const poe_run *r, int64_t from)
+{
+    const poe_board *board = poe_comm_board(r->comm);
+    const int channel = POE_CHANNEL_BATCH + POE_CHANNEL_PAYLOAD, micro_batches = r->layout.micro_batches;
+    uint64_t first = UINT64_MAX;
+    for (int i = 0; i < r->streams.n_targets; i++) {
+        int peer = r->streams.targets[i];
+        uint64_t before = board->snapshots[atomic_load(&board->valid)].traffic[peer][channel].sent;
+        int64_t sent = (int64_t)(atomic_load(&board->sent[peer][channel]) - before);
+        uint64_t place = place_of(from + sent / micro_batches, (int)(sent % micro_batches));
+        first = place < first ? place : first;
+    }
+    return first;
+}
+
+void poe_recovery_begin_absence(poe_run *r, int64_t from)
+{
+    uint64_t end = atomic_load(&poe_comm_board(r->comm)->reached), unsent = first_unsent(r, from);
+    end = unsent < end ? unsent : end;
+    r->absence = (poe_absence){.ends = true, .from = from, .step = (int64_t)(end >> 32), .micro = (int)(uint32_t)end};
+}
+
+bool poe_recovery_stops_after(poe_run *r, int64_t step)
+{
+    poe_board *board = poe_comm_board(r->comm);
+    bool wanted = poe_comm_stop_wanted(r->comm);
+    if (!board)
+        return wanted;
+    if (step >= atomic_load(&board->decided)) {
+        if (wanted)
+            atomic_store(&board->stop_step, step);
+        atomic_store(&board->decided, step + 1);
+    }
+    return atomic_load(&board->stop_step) == step;
+}
+
+/* --- what is not finite --------------------------------------------------------------------------------------------------------- */
+
+static bool is_noted(const poe_run *r, int64_t step, int micro)
+{
+    const poe_board *board = poe_comm_board(r->comm);
+    int n = board ? atomic_load(&board->n_left_out) : 0;
+    for (int i = 0; i < n; i++)
+        if (atomic_load(&board->left_out[i]) == place_of(step, micro))
+            return true;
+    return false;
+}
+
+bool poe_recovery_is_left_out(const poe_run *r, int64_t step, int micro)
+{
+    return is_noted(r, step, micro);
+}
+
+bool poe_recovery_examines(const poe_run *r, int64_t step)
+{
+    return is_noted(r, step, -1);
+}
+
+bool poe_recovery_leave_out(poe_run *r, int64_t step, int micro, const char *what)
+{
+    poe_board *board = poe_comm_board(r->comm);
+    int n = board ? atomic_load(&board->n_left_out) : 0;
+    if (strcmp(r->options->on_nan, "skip") != 0 || !board || n == POE_BOARD_LEFT_OUT || is_noted(r, step, micro))
+        return false;
+    if (micro >= 0)
+        poe_warn("step %lld, micro-batch %d: %s of stage %d is not finite: the stage goes back to its snapshot, and leaves this "
+                 "micro-batch's gradients out", (long long)step, micro, what, r->index);
+    atomic_store(&board->left_out[n], place_of(step, micro));
+    atomic_store(&board->n_left_out, n + 1);
+    poe_temporary_remove_all();
+    fflush(NULL);
+    _exit(POE_BOARD_AGAIN);
+}
