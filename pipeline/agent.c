@@ -89,7 +89,9 @@ static void describe_place(const place *p, char text[TEXT])
 /* "was ended by signal 9 (Killed)" */
 static void describe_end(int status, char text[TEXT])
 {
-    if (WIFSIGNALED(status))
+    if (WIFEXITED(status) && WEXITSTATUS(status) == POE_BOARD_AGAIN)
+        snprintf(text, TEXT, "asks to be started again");
+    else if (WIFSIGNALED(status))
         snprintf(text, TEXT, "was ended by signal %d (%s)", WTERMSIG(status), strsignal(WTERMSIG(status)));
     else
         snprintf(text, TEXT, "has ended with exit status %d and no outcome", WEXITSTATUS(status));

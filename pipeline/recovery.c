@@ -110,6 +110,9 @@ bool poe_recovery_leave_out(poe_run *r, int64_t step, int micro, const char *wha
     if (micro >= 0)
         poe_warn("step %lld, micro-batch %d: %s of stage %d is not finite: the stage goes back to its snapshot, and leaves this "
                  "micro-batch's gradients out", (long long)step, micro, what, r->index);
+    else
+        poe_warn("step %lld: %s of stage %d is not finite: the stage goes back to its snapshot, and looks for the micro-batch "
+                 "that it comes from", (long long)step, what, r->index);
     atomic_store(&board->left_out[n], place_of(step, micro));
     atomic_store(&board->n_left_out, n + 1);
     poe_temporary_remove_all();

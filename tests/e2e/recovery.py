@@ -123,6 +123,23 @@ def skipping(folder):
     poe.check(min(losses) < losses[0] - 0.5, f'does not learn: {losses}')
 
 
+def not_finite(folder):
+    """--on-nan skip: what does not happen again costs nothing; what does costs one micro-batch, and is named."""
+    data = poe.write_tokens(f'{folder}/tokens.bin')
+    whole = undisturbed(f'{folder}/whole', data)
+    for times, same in ((1, True), (3, False)):
+        out = f'{folder}/{times}'
+        result = poe.run(settings(out, data, on_nan='skip', fault=f'nan rank=1 step=30 micro=1 times={times}'), poe.RANKS, 3)
+        poe.check_equal(result.code, 0, result)
+        poe.check(('micro-batch 1: a gradient of stage 1 is not finite' in result.err) != same, result)
+        poe.check_equal(poe.steps(out)[:30], poe.steps(whole)[:30], 'steps before')
+        poe.check_equal(poe.read_bytes(f'{out}/final.safetensors') == poe.read_bytes(f'{whole}/final.safetensors'), same,
+                        'the same weights')
+    result = poe.run(settings(f'{folder}/stop', data, fault='nan rank=1 step=30'), poe.RANKS, 3)
+    poe.check_equal(result.code, 1, result)
+    poe.check('a gradient of stage 1 is not finite; stopped' in result.err, result)
+
+
 def interrupted_after(folder):
     """A run that lost a process and is then interrupted is resumed to the same weights."""
     data = poe.write_tokens(f'{folder}/tokens.bin')
@@ -138,4 +155,4 @@ def interrupted_after(folder):
     poe.check_same_file(f'{out}/final.safetensors', f'{whole}/final.safetensors')
 
 
-poe.main(one_dies, rules, at_random, skipping, interrupted_after)
+poe.main(one_dies, rules, at_random, skipping, not_finite, interrupted_after)
