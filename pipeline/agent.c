@@ -71,8 +71,7 @@ static bool is_before(const place *a, const place *b)
     return a->step < b->step || (a->step == b->step && a->micro < b->micro);
 }
 
-/* --- words
- * ------------------------------------------------------------------------------------------------------------ */
+/* --- words ------------------------------------------------------------------------------------------------------ */
 
 /* "in step 20, backward, micro-batch 3" */
 static void describe_place(const place *p, char text[TEXT])
@@ -97,8 +96,7 @@ static void describe_end(int status, char text[TEXT])
         snprintf(text, TEXT, "has ended with exit status %d and no outcome", WEXITSTATUS(status));
 }
 
-/* --- the stage process
- * ------------------------------------------------------------------------------------------------ */
+/* --- the stage process ------------------------------------------------------------------------------------------ */
 
 /* POE_AGAIN: the run goes on. */
 static poe_status start_stage(agent *a)
@@ -183,8 +181,7 @@ static poe_status take_events(agent *a)
     return status;
 }
 
-/* --- watching
- * --------------------------------------------------------------------------------------------------------- */
+/* --- watching --------------------------------------------------------------------------------------------------- */
 
 static void end_stage(agent *a, const char *why, double seconds)
 {
@@ -285,8 +282,7 @@ static void look_at_clock(agent *a)
     a->stay += a->stay > 0 ? gap : 0;
 }
 
-/* --- the loop
- * --------------------------------------------------------------------------------------------------------- */
+/* --- the loop --------------------------------------------------------------------------------------------------- */
 
 /* A lost peer is the stage process's to find out, and to give as its outcome; here only if it does not. */
 static poe_status relay(agent *a)

@@ -37,8 +37,7 @@ struct poe_keeper {
     int status; /* of the keeper, when reaped */
 };
 
-/* --- the keeper's process
- * --------------------------------------------------------------------------------------------- */
+/* --- the keeper's process --------------------------------------------------------------------------------------- */
 
 static const int deaf_to[] = {SIGINT, SIGTERM, SIGHUP, SIGUSR1, SIGUSR2, SIGPIPE};
 enum { N_DEAF = sizeof(deaf_to) / sizeof(deaf_to[0]) };
@@ -174,8 +173,7 @@ static _Noreturn void keep(house *h, pid_t agent)
     }
 }
 
-/* --- the agent's end
- * -------------------------------------------------------------------------------------------------- */
+/* --- the agent's end -------------------------------------------------------------------------------------------- */
 
 poe_status poe_keeper_start(poe_board *board, poe_keeper_stage stage, void *arg, poe_keeper **keeper)
 {

@@ -25,8 +25,10 @@ static void end_absence(poe_run *r, int64_t step, int micro)
     } else {
         poe_compute_attend(&r->compute, POE_PRESENT);
         a->ends = false;
-        poe_warn("stage %d goes on without its own updates of steps %lld to %lld; its gradients of what it had under way "
-                 "count as zero", r->index, (long long)a->from, (long long)(a->micro > 0 ? a->step : a->step - 1));
+        poe_warn(
+            "stage %d goes on without its own updates of steps %lld to %lld; its gradients of what it had under way "
+            "count as zero",
+            r->index, (long long)a->from, (long long)(a->micro > 0 ? a->step : a->step - 1));
     }
 }
 
@@ -79,7 +81,7 @@ bool poe_recovery_stops_after(poe_run *r, int64_t step)
     return atomic_load(&board->stop_step) == step;
 }
 
-/* --- what is not finite --------------------------------------------------------------------------------------------------------- */
+/* --- what is not finite ----------------------------------------------------------------------------------------- */
 
 static bool is_noted(const poe_run *r, int64_t step, int micro)
 {
@@ -108,11 +110,15 @@ bool poe_recovery_leave_out(poe_run *r, int64_t step, int micro, const char *wha
     if (strcmp(r->options->on_nan, "skip") != 0 || !board || n == POE_BOARD_LEFT_OUT || is_noted(r, step, micro))
         return false;
     if (micro >= 0)
-        poe_warn("step %lld, micro-batch %d: %s of stage %d is not finite: the stage goes back to its snapshot, and leaves this "
-                 "micro-batch's gradients out", (long long)step, micro, what, r->index);
+        poe_warn("step %lld, micro-batch %d: %s of stage %d is not finite: the stage goes back to its snapshot, and "
+                 "leaves this "
+                 "micro-batch's gradients out",
+                 (long long)step, micro, what, r->index);
     else
-        poe_warn("step %lld: %s of stage %d is not finite: the stage goes back to its snapshot, and looks for the micro-batch "
-                 "that it comes from", (long long)step, what, r->index);
+        poe_warn("step %lld: %s of stage %d is not finite: the stage goes back to its snapshot, and looks for the "
+                 "micro-batch "
+                 "that it comes from",
+                 (long long)step, what, r->index);
     atomic_store(&board->left_out[n], place_of(step, micro));
     atomic_store(&board->n_left_out, n + 1);
     poe_temporary_remove_all();

@@ -1,19 +1,20 @@
 /* SPDX-License-Identifier: MIT
- * What a stage process leaves for the one after it, and what that one does with it (comm/agent/board.h). Without an agent
- * nobody comes after, and all of this does nothing. */
+ * What a stage process leaves for the one after it, and what that one does with it (comm/agent/board.h). Without an
+ * agent nobody comes after, and all of this does nothing. */
 #ifndef POE_PIPELINE_RECOVERY_H
 #define POE_PIPELINE_RECOVERY_H
 
 #include "pipeline/run.h"
 
-/* In a process that is back at a snapshot of `from` updates, under --recover skip: what its predecessor did since is not
- * repeated. */
+/* In a process that is back at a snapshot of `from` updates, under --recover skip: what its predecessor did since is
+ * not repeated. */
 void poe_recovery_begin_absence(poe_run *run, int64_t from);
-/* About to take in a micro-batch: notes how far the run has got, and ends the absence of a process that has caught up. */
+/* About to take in a micro-batch: notes how far the run has got, and ends the absence of a process that has caught up.
+ */
 void poe_recovery_reach(poe_run *run, int64_t step, int micro);
 
-/* Rank 0, once a step, before the step's last micro-batch is sent: whether the run stops after it, as the user may wish. A
- * process that repeats the step decides as its predecessor did. */
+/* Rank 0, once a step, before the step's last micro-batch is sent: whether the run stops after it, as the user may
+ * wish. A process that repeats the step decides as its predecessor did. */
 bool poe_recovery_stops_after(poe_run *run, int64_t step);
 
 /* --on-nan skip. A loss, or with `micro` -1 some gradient of the step, is not finite: the next process leaves the

@@ -1,8 +1,6 @@
 /* SPDX-License-Identifier: MIT */
 #include "pipeline/report.h"
 
-#include "comm/agent/board.h"
-
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -12,6 +10,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "comm/agent/board.h"
 #include "pipeline/settings.h"
 #include "pipeline/train.h"
 #include "src/clock.h"

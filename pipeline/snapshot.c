@@ -22,7 +22,8 @@ static poe_status check(poe_board *board, int index)
     uint32_t crc = poe_crc32c(0, poe_board_snapshot_area(board, index), s->bytes);
     if (crc == s->crc)
         return POE_OK;
-    poe_error("the snapshot of step %lld is damaged: its CRC-32C is 0x%08x, expected 0x%08x", (long long)s->step, crc, s->crc);
+    poe_error("the snapshot of step %lld is damaged: its CRC-32C is 0x%08x, expected 0x%08x", (long long)s->step, crc,
+              s->crc);
     return POE_FAILED;
 }
 
@@ -36,7 +37,7 @@ poe_status poe_snapshot_prepare(poe_comm *comm)
     return status == POE_OK ? poe_comm_restore(comm, area, board->snapshots[index].traffic[0]) : status;
 }
 
-/* --- what there is to keep -------------------------------------------------------------------------------------------- */
+/* --- what there is to keep -------------------------------------------------------------------------------------- */
 
 static void pass_optimizer(poe_stage *stage, bool shared, poe_image *image)
 {
@@ -107,7 +108,7 @@ static poe_status pass_still(poe_run *r, poe_image *image, poe_snapshot_loop pas
     return status == POE_OK ? pass_feed(r, image) : status;
 }
 
-/* --- taking and restoring --------------------------------------------------------------------------------------------- */
+/* --- taking and restoring --------------------------------------------------------------------------------------- */
 
 /* The first snapshot finds out whether there is room for it. */
 static poe_status measure(poe_run *r, poe_snapshot_loop pass, void *loop)
@@ -118,7 +119,8 @@ static poe_status measure(poe_run *r, poe_snapshot_loop pass, void *loop)
     poe_status status = pass_still(r, &image, pass, loop);
     if (status != POE_OK || image.bytes <= POE_BOARD_AREA)
         return status;
-    poe_error("a snapshot of this stage takes %zu bytes, there is room for %zu; give --agents off", image.bytes, POE_BOARD_AREA);
+    poe_error("a snapshot of this stage takes %zu bytes, there is room for %zu; give --agents off", image.bytes,
+              POE_BOARD_AREA);
     return POE_FAILED;
 }
 

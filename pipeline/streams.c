@@ -73,8 +73,7 @@ static poe_crossing place_crossing(const poe_streams *s, int stage, const poe_ba
     return c;
 }
 
-/* --- wire formats
- * -------------------------------------------------------------------------------------------------------- */
+/* --- wire formats ----------------------------------------------------------------------------------------------- */
 
 /* What is not fp32 is decoded to, or encoded from, memory beside the messages. */
 enum { INPUT, OUTPUT, INPUT_GRADIENT, OUTPUT_GRADIENT };
@@ -128,8 +127,7 @@ static void encode_crossing(poe_streams *s, int direction, int from, const poe_b
                                         crossing_bytes(s->wire, s->model, from, batch->rows, batch->t));
 }
 
-/* --- memory
- * -------------------------------------------------------------------------------------------------------------- */
+/* --- memory ----------------------------------------------------------------------------------------------------- */
 
 /* Whether gradients come back along the edges of this run. */
 static bool goes_back(const poe_streams_settings *settings)
@@ -305,8 +303,7 @@ void poe_streams_close(poe_streams *s)
     *s = (poe_streams){0};
 }
 
-/* --- micro-batches forward
- * --------------------------------------------------------------------------------------------- */
+/* --- micro-batches forward -------------------------------------------------------------------------------------- */
 
 void poe_streams_own_tokens(const poe_streams *s, int slot, poe_batch *batch)
 {
@@ -393,8 +390,7 @@ poe_status poe_streams_send_batch(poe_streams *s, const poe_batch *batch)
     return POE_OK;
 }
 
-/* --- gradients back
- * ------------------------------------------------------------------------------------------------------ */
+/* --- gradients back --------------------------------------------------------------------------------------------- */
 
 /* Of what crossed from `boundary` to the next stage. */
 static poe_message gradient_message(const poe_streams *s, const poe_batch *batch, int boundary, int sender)
@@ -449,8 +445,7 @@ poe_status poe_streams_send_gradient(poe_streams *s, const poe_batch *batch)
     return poe_link_send(s->gradient_out, &message);
 }
 
-/* --- aggregates and reports
- * ---------------------------------------------------------------------------------------------- */
+/* --- aggregates and reports ------------------------------------------------------------------------------------- */
 
 static poe_message aggregate_message(int64_t step, int chunk, int sender, size_t n, size_t v)
 {

@@ -7,10 +7,10 @@
 #include <stdint.h>
 
 typedef enum poe_phase {
-    POE_PHASE_RECEIVE,  /* about to take in a micro-batch, read or received */
+    POE_PHASE_RECEIVE, /* about to take in a micro-batch, read or received */
     POE_PHASE_FORWARD,
     POE_PHASE_BACKWARD,
-    POE_PHASE_REDUCE,   /* about to hand over, or to wait for, shared gradients */
+    POE_PHASE_REDUCE, /* about to hand over, or to wait for, shared gradients */
     POE_PHASE_OPTIMIZER,
     POE_PHASE_SNAPSHOT, /* halfway through writing one */
     POE_PHASE_CHECKPOINT,

@@ -31,8 +31,7 @@ static bool is_orderly(poe_status status)
     return status == POE_OK || status == POE_BAD_INPUT || status == POE_INTERRUPTED;
 }
 
-/* --- the stage process
- * ------------------------------------------------------------------------------------------------ */
+/* --- the stage process ------------------------------------------------------------------------------------------ */
 
 static poe_status run_body(poe_board *board, const poe_rank_job *job)
 {
@@ -70,8 +69,7 @@ static int run_stage(poe_board *board, void *arg)
     _exit(poe_exit_status(status));
 }
 
-/* --- the agent
- * -------------------------------------------------------------------------------------------------------- */
+/* --- the agent -------------------------------------------------------------------------------------------------- */
 
 poe_status poe_agents_prepare(poe_rank_job *job)
 {

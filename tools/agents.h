@@ -29,8 +29,7 @@ void poe_agents_dismiss(poe_rank_job *job);
  * anything else the job is ended here. */
 poe_status poe_agents_run(poe_rank_job *job);
 
-/* --- ranks.c
- * ---------------------------------------------------------------------------------------------------------- */
+/* --- ranks.c ---------------------------------------------------------------------------------------------------- */
 /* This rank cannot go on, and the others cannot without it: the launcher ends them when it sees this status. */
 _Noreturn void poe_ranks_end_job(int exit_status);
 /* The ranks of an MPI job meet and agree. job->transport is what carries the run from then on; *comm is NULL when
