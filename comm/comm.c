@@ -297,8 +297,8 @@ static bool is_settled(const poe_comm *comm)
     return comm->transport->ops->settled(comm->transport);
 }
 
-/* The helper thread: stands still for as long as the rank's thread wishes. */
-static void hold_still(poe_comm *comm)
+/* The helper thread: stands still for as long as the rank's thread wishes. True when it is to, and cannot yet. */
+static bool hold_still(poe_comm *comm)
 {
     pthread_mutex_lock(&comm->lock);
     if (comm->hold == POE_HOLD_WANTED && is_settled(comm)) {
@@ -307,7 +307,9 @@ static void hold_still(poe_comm *comm)
         while (comm->hold == POE_HELD)
             pthread_cond_wait(&comm->changed, &comm->lock);
     }
+    bool wanted = comm->hold == POE_HOLD_WANTED;
     pthread_mutex_unlock(&comm->lock);
+    return wanted;
 }
 
 static poe_status hold(poe_comm *comm)
@@ -405,7 +407,7 @@ static void *help(void *arg)
             if (!part->next || !poe_comm_lost(comm))
                 moved |= part->advance(part);
         publish(comm, moved);
-        hold_still(comm);
+        moved |= hold_still(comm);
     }
     poe_log_attach(NULL);
     return NULL;

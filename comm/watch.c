@@ -20,6 +20,7 @@ static const double farewell = 0.2;
 
 typedef struct peer {
     atomic_bool watched;
+    bool expected;      /* to give signs of life, since this rank watches it */
     double heard;
     poe_presence presence;
     double presence_since;
@@ -100,6 +101,9 @@ static bool send_beats(poe_watch *watch, double now, double period)
         peer *p = &watch->peers[rank];
         if (!atomic_load(&p->watched) || p->presence == POE_GONE)
             continue;
+        if (!p->expected) /* with whom nothing was shared until now, such as a link for the export */
+            p->heard = now;
+        p->expected = true;
         bool idle = out_operation(watch, rank)->done;
         if (idle && (p->told != news || now - p->beaten >= period)) {
             beat(watch, rank, news, now);

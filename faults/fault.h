@@ -25,6 +25,8 @@ void poe_fault_plan_free(poe_fault_plan *plan); /* NULL is legal; no thread may 
 bool poe_fault_plan_is_empty(const poe_fault_plan *plan);
 /* Some rule changes or holds back messages: the agent's transport must be wrapped (faults/fault_link.h). */
 bool poe_fault_plan_strikes_links(const poe_fault_plan *plan);
+/* Some rule takes a stage out of the run (absent): that needs --outage continue. */
+bool poe_fault_plan_makes_absent(const poe_fault_plan *plan);
 /* Lines for people: the rules, as far as a screen holds them. NULL when there are none, or out of memory. The caller
  * frees it. */
 char *poe_fault_plan_describe(const poe_fault_plan *plan);

@@ -27,6 +27,7 @@ typedef enum poe_fault_kind {
     POE_FAULT_CORRUPT_CHECKPOINT,
     POE_FAULT_KILL_AGENT,
     POE_FAULT_KILL_KEEPER,
+    POE_FAULT_ABSENT,
     POE_FAULT_RANDOM, /* draws the others */
     POE_FAULT_KINDS,
 } poe_fault_kind;
@@ -48,6 +49,7 @@ typedef enum poe_fault_key {
     POE_FAULT_KEY_SEED = 1 << 12,
     POE_FAULT_KEY_KINDS = 1 << 13,
     POE_FAULT_KEY_LIFE = 1 << 14,
+    POE_FAULT_KEY_STEPS = 1 << 15,
 } poe_fault_key;
 
 typedef struct poe_fault_traits {
@@ -64,6 +66,7 @@ typedef struct poe_fault_rule {
     int micro, phase;            /* -1: any */
     int64_t times, life;         /* life: number of the stage process, from 1; 0: any */
     double duration;             /* seconds */
+    int64_t steps;               /* instead of it; 0: not given */
     double duty;                 /* share of the time that is left */
     int code;                    /* exit status */
     uint64_t cap;                /* bytes that are taken at most */

@@ -33,6 +33,7 @@ const poe_fault_traits poe_fault_kinds[POE_FAULT_KINDS] = {
     [POE_FAULT_CORRUPT_CHECKPOINT] = {"corrupt-checkpoint", WHERE, WHEN, false},
     [POE_FAULT_KILL_AGENT] = {"kill-agent", WHERE, WHEN, true},
     [POE_FAULT_KILL_KEEPER] = {"kill-keeper", WHERE, WHEN, true},
+    [POE_FAULT_ABSENT] = {"absent", WHERE, WHEN | POE_FAULT_KEY_FOR | POE_FAULT_KEY_STEPS, true},
     [POE_FAULT_RANDOM] = {"random", POE_FAULT_KEY_MTBF,
                           POE_FAULT_KEY_SEED | POE_FAULT_KEY_KINDS | POE_FAULT_KEY_RANKS | POE_FAULT_KEY_FOR, false},
 };
@@ -172,6 +173,13 @@ static poe_status read_duration(reader *r, char *value)
                : wrong(r, "for", value, "a time from 1ms to 3600s with its unit, as in 500ms or 2s");
 }
 
+static poe_status read_steps(reader *r, char *value)
+{
+    return read_count(value, 1, 1000000000, &r->into->steps)
+               ? POE_OK
+               : wrong(r, "steps", value, "a number of steps from 1 to 1000000000");
+}
+
 static poe_status read_duty(reader *r, char *value)
 {
     static const char *const units[] = {"", NULL};
@@ -269,6 +277,7 @@ static const struct key {
     {"rank", read_rank},    {"step", read_step}, {"micro", read_micro}, {"phase", read_phase}, {"times", read_times},
     {"for", read_duration}, {"duty", read_duty}, {"code", read_code},   {"cap", read_cap},     {"to", read_to},
     {"ranks", read_ranks},  {"mtbf", read_mtbf}, {"seed", read_seed},   {"kinds", read_kinds}, {"life", read_life},
+    {"steps", read_steps},
 };
 enum { KEYS = sizeof(keys) / sizeof(*keys) };
 
@@ -325,6 +334,10 @@ static poe_status check_rule(const reader *r)
         return refuse(r, "rank %d has no connection with itself; allowed for to are the other ranks", rule->to);
     if (rule->kind == POE_FAULT_PARTITION && count_ranks(rule, size) == size)
         return refuse(r, "found all %d ranks for ranks, allowed are some of them: one side of the partition", size);
+    if (rule->kind == POE_FAULT_ABSENT && rule->rank == 0)
+        return refuse(r, "without the first stage there is nothing to train on; allowed for rank are the others");
+    if ((r->seen & POE_FAULT_KEY_STEPS) && (r->seen & POE_FAULT_KEY_FOR))
+        return refuse(r, "says steps and for; allowed is one of them");
     if (rule->kind == POE_FAULT_RANDOM && size == 1 && (rule->kinds & links))
         return refuse(r, "a single rank has no connections; corrupt, cut and partition need another one");
     return POE_OK;

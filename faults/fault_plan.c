@@ -55,6 +55,14 @@ bool poe_fault_plan_strikes_links(const poe_fault_plan *plan)
     return false;
 }
 
+bool poe_fault_plan_makes_absent(const poe_fault_plan *plan)
+{
+    for (int i = 0; i < plan->n_rules; i++)
+        if (kinds_of(&plan->rules[i]) & 1u << POE_FAULT_ABSENT)
+            return true;
+    return false;
+}
+
 poe_status poe_fault_plan_check(const poe_fault_plan *plan, bool has_agents)
 {
     for (int i = 0; i < plan->n_rules && !has_agents; i++)

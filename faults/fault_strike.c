@@ -229,6 +229,17 @@ static void ask(poe_fault_state *s, const poe_fault_rule *rule, int index)
         cannot(rule, "the rank's agent does not answer");
 }
 
+/* From this step on, or from the next one when this one has begun. */
+static void take_out(poe_fault_state *s, const poe_fault_rule *rule)
+{
+    if (s->rank == 0)
+        cannot(rule, "without the first stage there is nothing to train on");
+    else if (rule->steps)
+        atomic_store(&s->board->absent_until, rule->step + rule->steps);
+    else
+        atomic_store(&s->board->absent_until_time, poe_now() + rule->duration);
+}
+
 void poe_fault_strike(poe_fault_state *s, const poe_fault_rule *rule, int index)
 {
     if (rule->kind == POE_FAULT_CORRUPT_CHECKPOINT) {
@@ -260,6 +271,9 @@ void poe_fault_strike(poe_fault_state *s, const poe_fault_rule *rule, int index)
             s->hooks.nan(s->hooks.context);
         else
             cannot(rule, "this rank has no gradients here");
+        break;
+    case POE_FAULT_ABSENT:
+        take_out(s, rule);
         break;
     default:
         ask(s, rule, index);

@@ -78,7 +78,9 @@ void poe_fault_rule_print(const poe_fault_rule *rule, char text[POE_FAULT_RULE_B
         put(&w, " cap=%.9gMiB", (double)rule->cap / 0x1p20);
     if (rule->kind == POE_FAULT_RANDOM)
         put_random(&w, rule);
-    if (takes & POE_FAULT_KEY_FOR)
+    if (rule->steps)
+        put(&w, " steps=%" PRId64, rule->steps);
+    else if (takes & POE_FAULT_KEY_FOR)
         put(&w, " for=%.9gs", rule->duration);
     if (rule->times > 1)
         put(&w, " times=%" PRId64, rule->times);

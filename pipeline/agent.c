@@ -11,6 +11,7 @@
 #include <sys/wait.h>
 #include <time.h>
 
+#include "pipeline/outage.h"
 #include "src/clock.h"
 #include "src/log.h"
 
@@ -25,6 +26,8 @@ static const double stay_floor = 60;    /* seconds in one account that are never
 static const double stay_factor = 20;   /* ... and how much longer than the longest so far is */
 static const double exit_patience = 5;  /* seconds from its outcome to its end */
 static const double kill_patience = 10; /* from SIGKILL to its end */
+static const double outage_pause = 60;  /* until a stage that the run goes on without tries again, ... */
+static const double outage_trial = 60;  /* ... and is back if it has lived for so long */
 static const double loss_patience = 2;  /* for the stage process to end by itself, after the relay has lost a peer */
 
 typedef struct place {
@@ -49,13 +52,15 @@ typedef struct agent {
     unsigned entered;
     double stay;    /* since when its thread is where it is; 0: it waits for others */
     double longest; /* stay so far */
+    int64_t first;  /* step in which it was first seen; -1: not yet */
     double done;    /* when its outcome was seen; 0: not yet */
     double killed;  /* when it was sent SIGKILL; 0: it was not */
     char why[TEXT]; /* then */
     /* its deaths */
     place furthest, fell;
     int deaths;
-    bool catching_up;
+    double outage, trial; /* when they began; 0: there was none */
+    bool catching_up, left, arriving;
     double died, started; /* the last start's time */
     int64_t from; /* step of the snapshot that it went on from */
 } agent;
@@ -121,8 +126,57 @@ static poe_status start_stage(agent *a)
 static const char *hopeless(const agent *a)
 {
     if (!atomic_load(&a->board->recoverable))
-        return "it has no snapshot to go on from";
+        return atomic_load(&a->board->valid) < 0 ? "it has no snapshot to go on from"
+                                                 : "training is over, and the rest of a run is not repeated";
     return a->deaths >= MAX_DEATHS ? "it dies again and again, and gets no further" : NULL;
+}
+
+/* The run goes on without the stage from now on, or again: what is started next computes nothing. */
+static bool begin_outage(agent *a)
+{
+    poe_board *board = a->board;
+    bool failed = a->trial > 0 && a->now - a->trial < outage_trial;
+    if (!a->settings->continues || !atomic_load(&board->recoverable) || atomic_load(&board->outage) ||
+        (a->deaths < MAX_DEATHS && !failed))
+        return false;
+    atomic_store(&board->outage, true);
+    a->outage = a->now;
+    a->deaths = 0;
+    return true;
+}
+
+/* The stage process takes its stage up again with its next step. */
+static void watch_outage(agent *a)
+{
+    if (!atomic_load(&a->board->outage) || a->now - a->outage < outage_pause)
+        return;
+    a->trial = a->now;
+    atomic_store(&a->board->outage, false);
+}
+
+/* POE_AGAIN: it is to be started again. */
+static poe_status mourn(agent *a, const char *where)
+{
+    char rest[POE_OUTAGE_TEXT];
+    if (begin_outage(a)) {
+        poe_outage_describe_rest(a->board->rank, rest);
+        poe_warn("its stage process %s %s; the run goes on without its stage, as the model of %s (--outage continue): it dies "
+                 "again and again, and tries again after %.0f s", a->why, where, rest, outage_pause);
+        return POE_AGAIN;
+    }
+    const char *reason = hopeless(a);
+    if (reason) {
+        poe_error("its stage process %s %s, and is not started again: %s", a->why, where, reason);
+        return POE_FAILED;
+    }
+    poe_warn("its stage process %s %s; starting it again", a->why, where);
+    return POE_AGAIN;
+}
+
+static bool has_left(const agent *a, int wait_status)
+{
+    bool again = WIFEXITED(wait_status) && WEXITSTATUS(wait_status) == POE_BOARD_AGAIN;
+    return again && atomic_load(&a->board->leave) && atomic_load(&a->board->recoverable);
 }
 
 static poe_status bury(agent *a, int wait_status)
@@ -133,6 +187,10 @@ static poe_status bury(agent *a, int wait_status)
     if (atomic_load(&a->board->ended)) /* what it has asked for last is still to be done */
         return (poe_status)atomic_load(&a->board->outcome);
     poe_relay_end(a->relay);
+    if (has_left(a, wait_status)) {
+        a->left = true;
+        return POE_AGAIN;
+    }
     if (!a->killed)
         describe_end(wait_status, a->why);
     bool further = is_before(&a->furthest, &at);
@@ -140,12 +198,9 @@ static poe_status bury(agent *a, int wait_status)
     if (further)
         a->furthest = at;
     describe_place(&at, where);
-    const char *reason = hopeless(a);
-    if (reason) {
-        poe_error("its stage process %s %s, and is not started again: %s", a->why, where, reason);
-        return POE_FAILED;
-    }
-    poe_warn("its stage process %s %s; starting it again", a->why, where);
+    poe_status status = mourn(a, where);
+    if (status != POE_AGAIN)
+        return status;
     a->fell = a->furthest;
     a->died = a->catching_up ? a->died : a->now;
     a->catching_up = true;
@@ -196,12 +251,16 @@ static double longest_silence(const agent *a)
     return fmax(a->deadline / 4, 3 * a->heartbeat);
 }
 
-/* Its thread may be in one account much longer than ever before, but not for ever. */
+/* Its thread may be in one account much longer than ever before, but not for ever. What is long shows in the first step;
+ * a disk takes the time that it takes. */
 static void watch_progress(agent *a)
 {
     const poe_board_place *p = &a->board->place;
     unsigned entered = atomic_load(&p->entered);
-    bool computes = atomic_load(&p->doing) != NULL;
+    int64_t step = atomic_load(&p->step);
+    const char *doing = atomic_load(&p->doing);
+    a->first = a->first < 0 ? step : a->first;
+    bool computes = doing && strcmp(doing, "checkpoint") != 0;
     if (a->stay > 0 && (entered != a->entered || !computes)) {
         a->longest = fmax(a->longest, a->now - a->stay);
         a->stay = 0;
@@ -210,7 +269,7 @@ static void watch_progress(agent *a)
     if (computes && !(a->stay > 0))
         a->stay = a->now;
     double limit = fmax(stay_floor, stay_factor * a->longest);
-    if (a->stay > 0 && a->now - a->stay > limit)
+    if (a->stay > 0 && step > a->first && a->now - a->stay > limit)
         end_stage(a, "has not come forward for %.0f s", a->now - a->stay);
 }
 
@@ -235,12 +294,27 @@ static void speak(agent *a)
                    a->running ? "its stage process gives no sign of life" : "its stage process is being started again");
 }
 
+/* One that has come from elsewhere is there when it is at work on the step after its snapshot. */
+static void expect_arrival(agent *a)
+{
+    a->arriving = a->catching_up = true;
+    a->died = a->settings->arriving;
+    a->fell = (place){.step = a->from, .micro = 0};
+}
+
 static void watch_return(agent *a)
 {
     place at = place_of(a->board);
     if (!a->catching_up || is_before(&at, &a->fell))
         return;
     a->catching_up = false;
+    if (a->arriving) {
+        a->arriving = false;
+        poe_info("here after %.3f s: its stage goes on with step %" PRId64, a->now - a->died, a->from);
+        return;
+    }
+    if (atomic_load(&a->board->outage))
+        return;
     double restored = atomic_load(&a->board->restored);
     poe_info("back after %.3f s: started after %.3f, at its snapshot of step %" PRId64 " after %.3f, then %" PRId64
              " steps and what had begun of another again", a->now - a->died, a->started - a->died, a->from, restored - a->died,
@@ -255,6 +329,7 @@ static poe_status watch(agent *a)
         a->done = a->now;
     speak(a);
     watch_return(a);
+    watch_outage(a);
     if (a->killed > 0 && a->now - a->killed > kill_patience) {
         poe_error("its stage process %s, and its keeper does not end it", a->why);
         return POE_FAILED;
@@ -319,11 +394,14 @@ poe_status poe_agent_run(poe_board *board, poe_keeper *keeper, poe_relay *relaye
                .deadline = deadline,
                .heartbeat = deadline < 4 ? deadline / 4 : 1, /* as poe_comm_configure() chooses it */
                .now = poe_now(),
+               .first = -1,
                .furthest = {.step = -1, .micro = -1}};
     a.beaten = a.now;
     poe_relay_watch(relayed, poe_keeper_fd(keeper));
     poe_status status = start_stage(&a);
-    while (status == POE_AGAIN) {
+    if (settings->arriving > 0)
+        expect_arrival(&a);
+    while (status == POE_AGAIN && !a.left) {
         status = relay(&a);
         if (status == POE_AGAIN)
             status = take_events(&a);

@@ -239,6 +239,7 @@ static void no_update(poe_compute *c, const poe_rates *rates)
 void poe_compute_attend(poe_compute *c, poe_attendance attendance)
 {
     c->ops = c->present;
+    c->attendance = attendance;
     if (attendance == POE_PRESENT)
         return;
     c->absence = *c->present;

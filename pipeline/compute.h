@@ -11,6 +11,11 @@
 
 typedef struct poe_compute poe_compute;
 
+/* A stage that does not repeat what it lost (--recover skip), or cannot work (--outage continue). Absent: nothing is
+ * computed, what would be written is left as it is, the loss is not a number, and the stage's own tensors stay; the shared
+ * ones are updated. Returning: all is computed, the own tensors stay. Present: as before. */
+typedef enum poe_attendance { POE_PRESENT, POE_RETURNING, POE_ABSENT } poe_attendance;
+
 /* As the functions of stages/stage.h of these names. */
 typedef struct poe_compute_ops {
     void (*forward)(poe_compute *compute, int slot, size_t b, size_t t, const int32_t *idx, const poe_crossing *in,
@@ -33,6 +38,7 @@ struct poe_compute {
     poe_stage *stage; /* borrowed */
     const poe_compute_ops *present; /* the row in use but for absences */
     poe_compute_ops absence;        /* that row, but for what is left out */
+    poe_attendance attendance;
     /* of the emulated row: */
     poe_accounts *accounts;
     double seconds[POE_EMULATED_COUNT];
@@ -50,10 +56,6 @@ void poe_compute_init(poe_compute *compute, poe_stage *stage);
 void poe_compute_emulate(poe_compute *compute, poe_stage *stage, poe_accounts *accounts,
                          const double seconds[POE_EMULATED_COUNT], int64_t seed, int rank);
 
-/* A stage that does not repeat what it lost (--recover skip). Absent: nothing is computed, what would be written is left
- * as it is, and the stage's own tensors stay; the shared ones are updated. Returning: all is computed, the own tensors
- * stay. Present: as before. */
-typedef enum poe_attendance { POE_PRESENT, POE_ABSENT, POE_RETURNING } poe_attendance;
 void poe_compute_attend(poe_compute *compute, poe_attendance attendance);
 
 #endif

@@ -62,6 +62,18 @@ static void take_in_stage(int signal_number)
         end_at_once(143);
 }
 
+static bool leave(const siginfo_t *info)
+{
+    bool takes = false;
+    if (info->si_signo != SIGTERM || info->si_pid == getppid())
+        return false;
+    pthread_mutex_lock(&lock);
+    for (int i = 0; i < n_targets; i++)
+        takes |= targets[i].request_leave && targets[i].request_leave(targets[i].context);
+    pthread_mutex_unlock(&lock);
+    return takes;
+}
+
 static void take_in_rank(int signal_number)
 {
     int status = signal_number == SIGTERM ? 143 : 130;
@@ -80,7 +92,7 @@ static void take_in_rank(int signal_number)
 }
 
 /* True when the thread shall go on. */
-static bool take(int signal_number)
+static bool take(const siginfo_t *info)
 {
     pthread_mutex_lock(&lock);
     bool stop = stop_thread;
@@ -88,9 +100,9 @@ static bool take(int signal_number)
     if (stop)
         return false;
     if (mode == POE_CONTROL_STAGE)
-        take_in_stage(signal_number);
-    else
-        take_in_rank(signal_number);
+        take_in_stage(info->si_signo);
+    else if (!leave(info))
+        take_in_rank(info->si_signo);
     return true;
 }
 
@@ -99,11 +111,9 @@ static void *listen_for_signals(void *arg)
     (void)arg;
     sigset_t set;
     fill_set(&set);
-    int number;
-    do {
-        if (sigwait(&set, &number) != 0)
-            continue;
-    } while (take(number));
+    siginfo_t info;
+    while (sigwaitinfo(&set, &info) < 0 || take(&info))
+        continue;
     return NULL;
 }
 

@@ -4,6 +4,7 @@
  *     or SIGTERM ends at once. Under a bare mpiexec, which kills its ranks within two seconds of a SIGTERM, SIGTERM
  *     removes temporary files and ends at once; poe-pipe --ranks sends SIGUSR1 instead.
  *   SIGUSR2: every rank of the process says what it waits for.
+ * A SIGTERM from anybody but the parent process, which is the launcher, lets targets that can do so leave instead.
  * A stage process (comm/agent/board.h) is told by its agent what the user wishes: there, SIGTERM ends at once, SIGUSR2
  * is as above, and the others mean nothing. */
 #ifndef POE_PIPELINE_CONTROL_H
@@ -25,6 +26,8 @@ typedef struct poe_control_target {
     void (*request_stop)(void *context);
     void (*request_report)(void *context);
     void (*end)(void *context); /* the process ends right after it; may be NULL */
+    /* A SIGTERM that is not the launcher's: true when the target leaves the run, which goes on. May be NULL. */
+    bool (*request_leave)(void *context);
 } poe_control_target;
 
 /* Blocks the signals in this thread (and those it starts from now on) and starts the thread that takes them. */

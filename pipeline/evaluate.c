@@ -82,21 +82,38 @@ static void count_targets(poe_evaluation *e, const int32_t *targets, const int32
     }
 }
 
-/* Scores the micro-batch that was forwarded last, by chunks. `chunk` numbers them over the whole evaluation. */
-static poe_status score_batch(poe_evaluator *ev, const poe_batch *batch, int *chunk, poe_evaluation *e)
+/* No scores from here on: the running sums are passed on as they are. */
+static poe_status pass_sums(poe_evaluator *ev, const poe_batch *batch, poe_evaluation *e)
 {
     int k = ev->streams->stage - ev->first_head;
     size_t v = (size_t)ev->corpus->vocab_size, total = batch->rows * batch->t;
-    for (size_t first = 0; first < total; first += ev->chunk, (*chunk)++) {
+    e->stage[k].nats = e->prefix[k].nats = NAN;
+    for (size_t first = 0; first < total; first += ev->chunk, ev->next.chunk++) {
+        size_t n = total - first < ev->chunk ? total - first : ev->chunk;
+        poe_status status = poe_streams_receive_aggregate(ev->streams, batch->step, ev->next.chunk, n, v);
+        if (status == POE_OK)
+            status = poe_streams_send_aggregate(ev->streams, batch->step, ev->next.chunk, n, v);
+        if (status != POE_OK)
+            return status;
+    }
+    return POE_OK;
+}
+
+/* Scores the micro-batch that was forwarded last, by chunks, which are numbered over the whole evaluation. */
+static poe_status score_batch(poe_evaluator *ev, const poe_batch *batch, poe_evaluation *e)
+{
+    int k = ev->streams->stage - ev->first_head;
+    size_t v = (size_t)ev->corpus->vocab_size, total = batch->rows * batch->t;
+    for (size_t first = 0; first < total; first += ev->chunk, ev->next.chunk++) {
         size_t n = total - first < ev->chunk ? total - first : ev->chunk;
         const int32_t *targets = batch->targets + first;
         poe_stage_logits(ev->stage, first, n, ev->z);
-        poe_status status = poe_streams_receive_aggregate(ev->streams, batch->step, *chunk, n, v);
+        poe_status status = poe_streams_receive_aggregate(ev->streams, batch->step, ev->next.chunk, n, v);
         if (status != POE_OK)
             return status;
         float *sums = ev->streams->aggregate;
         poe_aggregate_add(ev->aggregate, sums, ev->lp, ev->z, n, v);
-        status = poe_streams_send_aggregate(ev->streams, batch->step, *chunk, n, v);
+        status = poe_streams_send_aggregate(ev->streams, batch->step, ev->next.chunk, n, v);
         if (status != POE_OK)
             return status;
         score_rows(&e->stage[k], ev->lp, targets, ev->corpus->token_bytes, n, v);
@@ -121,20 +138,24 @@ static bool passes_over(const poe_evaluator *ev, const poe_batch *batch)
     return ev->replicated && batch->micro % poe_comm_size(ev->comm) != poe_comm_rank(ev->comm);
 }
 
-static poe_status evaluate_batch(poe_evaluator *ev, poe_batch *batch, int *chunk, poe_evaluation *e)
+static poe_status evaluate_batch(poe_evaluator *ev, poe_batch *batch, poe_evaluation *e)
 {
     poe_crossing out;
     poe_status status = next_batch(ev, batch);
     if (status != POE_OK || passes_over(ev, batch))
         return status;
+    if (ev->absent)
+        batch->flags |= POE_FLAG_ABSENT;
+    bool absent = batch->flags & POE_FLAG_ABSENT;
     status = poe_streams_output(ev->streams, batch, &out);
     if (status != POE_OK)
         return status;
-    poe_stage_forward(ev->stage, 0, batch->rows, batch->t, batch->idx, poe_crossing_or_null(&batch->in),
-                      poe_crossing_or_null(&out));
+    if (!absent)
+        poe_stage_forward(ev->stage, 0, batch->rows, batch->t, batch->idx, poe_crossing_or_null(&batch->in),
+                          poe_crossing_or_null(&out));
     status = poe_streams_send_batch(ev->streams, batch);
     if (status == POE_OK && ev->streams->stage >= ev->first_head)
-        status = score_batch(ev, batch, chunk, e);
+        status = (absent ? pass_sums : score_batch)(ev, batch, e);
     count_targets(e, batch->targets, ev->corpus->token_bytes, batch->rows * batch->t);
     poe_streams_release_batch(ev->streams);
     return status;
@@ -182,22 +203,42 @@ static poe_status share_scores(poe_evaluator *ev, poe_evaluation *e)
     return status;
 }
 
+static poe_batch batch_of(const poe_evaluator *ev, int64_t step, int micro)
+{
+    return (poe_batch){.kind = POE_KIND_EVALUATE,
+                       .step = step,
+                       .micro = micro,
+                       .rows = (size_t)ev->corpus->eval_rows[micro],
+                       .t = ev->streams->t};
+}
+
+/* Reading starts at the beginning, and passes over what is done. */
+static poe_status seek(poe_evaluator *ev, int64_t step)
+{
+    if (!ev->corpus->eval)
+        return POE_OK;
+    poe_status status = poe_feed_seek(ev->corpus->eval, ev->corpus->eval_start);
+    for (int micro = 0; status == POE_OK && micro < ev->next.micro; micro++) {
+        poe_batch batch = batch_of(ev, step, micro);
+        status = next_batch(ev, &batch);
+    }
+    return status;
+}
+
 poe_status poe_evaluate(poe_evaluator *ev, int64_t step, poe_evaluation *e)
 {
-    *e = (poe_evaluation){.n_stages = ev->heads};
-    poe_status status = POE_OK;
-    if (ev->corpus->eval)
-        status = poe_feed_seek(ev->corpus->eval, ev->corpus->eval_start);
-    int chunk = 0;
-    for (int micro = 0; status == POE_OK && micro < ev->corpus->n_eval; micro++) {
-        poe_batch batch = {.kind = POE_KIND_EVALUATE,
-                           .step = step,
-                           .micro = micro,
-                           .rows = (size_t)ev->corpus->eval_rows[micro],
-                           .t = ev->streams->t};
-        poe_comm_doing(ev->comm, "evaluation", step, micro);
-        status = evaluate_batch(ev, &batch, &chunk, e);
+    if (!ev->next.micro)
+        *e = (poe_evaluation){.n_stages = ev->heads};
+    poe_status status = seek(ev, step);
+    while (status == POE_OK && ev->next.micro < ev->corpus->n_eval) {
+        poe_batch batch = batch_of(ev, step, ev->next.micro);
+        poe_comm_doing(ev->comm, "evaluation", step, ev->next.micro);
+        status = evaluate_batch(ev, &batch, e);
+        ev->next.micro++;
+        if (status == POE_OK && ev->between)
+            status = ev->between(ev->context, step);
     }
+    ev->next.micro = ev->next.chunk = 0;
     return status == POE_OK ? share_scores(ev, e) : status;
 }
 
@@ -213,7 +254,7 @@ double poe_evaluation_nats(const poe_evaluation *e, const poe_score *score)
 
 double poe_evaluation_accuracy(const poe_evaluation *e, const poe_score *score)
 {
-    return (double)score->right / (double)e->targets;
+    return isnan(score->nats) ? NAN : (double)score->right / (double)e->targets;
 }
 
 typedef double (*measure)(const poe_evaluation *, const poe_score *);

@@ -19,7 +19,7 @@ typedef enum poe_aggregate { POE_AGGREGATE_MEAN, POE_AGGREGATE_SUM, POE_AGGREGAT
 poe_aggregate poe_aggregate_parse(const char *text); /* "mean" | "sum" | "mean-raw", checked before */
 
 typedef struct poe_score {
-    double nats;  /* summed over targets that count */
+    double nats;  /* summed over targets that count; NAN: a stage could not work */
     int64_t right; /* whose most probable token was the target */
 } poe_score;
 
@@ -36,16 +36,24 @@ typedef struct poe_evaluator {
     poe_streams *streams;
     poe_corpus *corpus;
     int first_head, heads; /* stages that predict: so many, from this one on */
+    bool absent;           /* this stage cannot work: it has no scores, nor has any behind it */
     bool replicated;       /* every rank has the whole model, and takes its part of the micro-batches */
     poe_aggregate aggregate;
     float *z, *lp;   /* (chunk rows, V) each */
     size_t chunk;    /* rows of a chunk */
+    /* After each micro-batch, while `next` says where the evaluation goes on; NULL: nothing is done. */
+    poe_status (*between)(void *context, int64_t step);
+    void *context;
+    struct {
+        int32_t micro, chunk; /* micro-batches and chunks done of the evaluation under way; 0: none is */
+    } next;
 } poe_evaluator;
 
 /* Rows of a chunk for a vocabulary: a few MiB of log-probabilities. */
 size_t poe_evaluate_chunk_rows(const poe_stage *stage);
 
-/* Collective. `step`: updates done, for the messages' headers. The result is the same on every rank. */
+/* Collective. `step`: updates done, for the messages' headers. The result is the same on every rank. Goes on from
+ * evaluator->next, in whose place the result is then what it was there. */
 poe_status poe_evaluate(poe_evaluator *evaluator, int64_t step, poe_evaluation *result);
 
 /* Adds stage `stage_index`'s logits z (n,v) to the running sums (n,v); lp (n,v) receives its log-probabilities. */

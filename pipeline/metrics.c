@@ -69,7 +69,7 @@ poe_status poe_metrics_reopen(poe_metrics *metrics, const char *path)
 
 poe_status poe_metrics_image(poe_metrics *metrics, poe_image *image)
 {
-    off_t end = image->restores ? 0 : ftello(metrics->file);
+    off_t end = image->restores ? 0 : lseek(fileno(metrics->file), 0, SEEK_END); /* the stream may know an older one */
     poe_image_pass(image, &end, sizeof(end));
     if (!image->restores || ftruncate(fileno(metrics->file), end) == 0)
         return POE_OK;

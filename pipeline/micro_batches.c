@@ -4,6 +4,7 @@
 #include <stdlib.h>
 #include <unistd.h>
 
+#include "pipeline/outage.h"
 #include "pipeline/recovery.h"
 #include "src/crc32c.h"
 #include "src/log.h"
@@ -11,6 +12,12 @@
 static void enter(poe_micro_batches *m, poe_account account, const poe_batch *batch)
 {
     poe_account_enter(&m->run->accounts, account, batch->step, batch->micro);
+}
+
+/* What a stage that is absent does not do. */
+static void enter_work(poe_micro_batches *m, poe_account account, const poe_batch *batch)
+{
+    enter(m, m->run->compute.attendance == POE_ABSENT ? POE_ACCOUNT_OTHER : account, batch);
 }
 
 /* --- data ------------------------------------------------------------------------------------------------------------------- */
@@ -111,9 +118,10 @@ static poe_status forward(poe_micro_batches *m, poe_batch *batch, int slot)
 {
     poe_run *r = m->run;
     poe_crossing out;
-    poe_recovery_reach(r, batch->step, batch->micro);
+    poe_attendance attendance = poe_recovery_reach(r, batch->step, batch->micro);
     enter(m, POE_ACCOUNT_DATA, batch);
     poe_status status = r->streams.source < 0 ? read_batch(m, batch, slot) : receive_batch(m, batch);
+    poe_outage_attend(r, batch, attendance);
     enter(m, POE_ACCOUNT_OTHER, batch);
     if (status == POE_OK)
         status = poe_step_reports_pass(m->reports, false);
@@ -124,7 +132,7 @@ static poe_status forward(poe_micro_batches *m, poe_batch *batch, int slot)
         status = before_forward(m, batch);
     if (status != POE_OK)
         return status;
-    enter(m, POE_ACCOUNT_FORWARD, batch);
+    enter_work(m, POE_ACCOUNT_FORWARD, batch);
     r->compute.ops->forward(&r->compute, slot, batch->rows, batch->t, batch->idx, poe_crossing_or_null(&batch->in),
                             poe_crossing_or_null(&out));
     enter(m, POE_ACCOUNT_SEND, batch);
@@ -150,7 +158,7 @@ static poe_status compute_backward(poe_micro_batches *m, const poe_batch *batch,
 {
     poe_compute *compute = &m->run->compute;
     double loss;
-    enter(m, POE_ACCOUNT_BACKWARD, batch);
+    enter_work(m, POE_ACCOUNT_BACKWARD, batch);
     poe_status status = (input ? compute->ops->backward_input : compute->ops->backward)(
         compute, slot, batch->targets, m->run->layout.micro_batches, poe_crossing_or_null(d_out),
         poe_crossing_or_null(d_in), &loss);

@@ -14,33 +14,30 @@ static uint64_t place_of(int64_t step, int micro)
     return (uint64_t)step << 32 | (uint32_t)micro;
 }
 
-static void end_absence(poe_run *r, int64_t step, int micro)
+static poe_attendance end_absence(poe_run *r, int64_t step, int micro)
 {
     poe_absence *a = &r->absence;
     bool there = step == a->step && micro >= a->micro;
-    if (step < a->step || (step == a->step && micro < a->micro)) {
-        poe_compute_attend(&r->compute, POE_ABSENT);
-    } else if (there && a->micro > 0) {
-        poe_compute_attend(&r->compute, POE_RETURNING);
-    } else {
-        poe_compute_attend(&r->compute, POE_PRESENT);
-        a->ends = false;
-        poe_warn(
-            "stage %d goes on without its own updates of steps %lld to %lld; its gradients of what it had under way "
-            "count as zero",
-            r->index, (long long)a->from, (long long)(a->micro > 0 ? a->step : a->step - 1));
-    }
+    if (step < a->from)
+        return POE_PRESENT;
+    if (step < a->step || (step == a->step && micro < a->micro))
+        return POE_ABSENT;
+    if (there && a->micro > 0)
+        return POE_RETURNING;
+    a->ends = false;
+    poe_warn("stage %d goes on without its own updates of steps %lld to %lld; its gradients of what it had under way "
+             "count as zero", r->index, (long long)a->from, (long long)(a->micro > 0 ? a->step : a->step - 1));
+    return POE_PRESENT;
 }
 
-void poe_recovery_reach(poe_run *r, int64_t step, int micro)
+poe_attendance poe_recovery_reach(poe_run *r, int64_t step, int micro)
 {
     poe_board *board = poe_comm_board(r->comm);
     if (!board)
-        return;
-    if (r->absence.ends)
-        end_absence(r, step, micro);
+        return POE_PRESENT;
     if (place_of(step, micro) > atomic_load(&board->reached))
         atomic_store(&board->reached, place_of(step, micro));
+    return r->absence.ends ? end_absence(r, step, micro) : POE_PRESENT;
 }
 
 /* What the stages after this one have not been sent must be computed; an evaluation is followed by a snapshot, so since
@@ -62,9 +59,15 @@ static uint64_t first_unsent(const poe_run *r, int64_t from)
 
 void poe_recovery_begin_absence(poe_run *r, int64_t from)
 {
-    uint64_t end = atomic_load(&poe_comm_board(r->comm)->reached), unsent = first_unsent(r, from);
+    const poe_board *board = poe_comm_board(r->comm);
+    uint64_t end = atomic_load(&board->reached), unsent = first_unsent(r, from);
+    int64_t left = atomic_load(&board->left);
     end = unsent < end ? unsent : end;
-    r->absence = (poe_absence){.ends = true, .from = from, .step = (int64_t)(end >> 32), .micro = (int)(uint32_t)end};
+    from = poe_run_is_last(r) && left > from ? left : from;
+    r->absence = (poe_absence){.ends = end > place_of(from, 0),
+                               .from = from,
+                               .step = (int64_t)(end >> 32),
+                               .micro = (int)(uint32_t)end};
 }
 
 bool poe_recovery_stops_after(poe_run *r, int64_t step)
@@ -79,6 +82,25 @@ bool poe_recovery_stops_after(poe_run *r, int64_t step)
         atomic_store(&board->decided, step + 1);
     }
     return atomic_load(&board->stop_step) == step;
+}
+
+/* The next process goes on from the snapshot. */
+static _Noreturn void end_for_another(void)
+{
+    poe_temporary_remove_all();
+    fflush(NULL);
+    _exit(POE_BOARD_AGAIN);
+}
+
+bool poe_recovery_leaves(const poe_run *r)
+{
+    const poe_board *board = poe_comm_board(r->comm);
+    return board && atomic_load(&board->leave);
+}
+
+void poe_recovery_leave(void)
+{
+    end_for_another();
 }
 
 /* --- what is not finite ----------------------------------------------------------------------------------------- */
@@ -121,7 +143,5 @@ bool poe_recovery_leave_out(poe_run *r, int64_t step, int micro, const char *wha
                  (long long)step, what, r->index);
     atomic_store(&board->left_out[n], place_of(step, micro));
     atomic_store(&board->n_left_out, n + 1);
-    poe_temporary_remove_all();
-    fflush(NULL);
-    _exit(POE_BOARD_AGAIN);
+    end_for_another();
 }

@@ -39,6 +39,15 @@ bool poe_report_terminal(void)
     return isatty(STDOUT_FILENO) && (!getenv("OMPI_COMM_WORLD_SIZE") || launcher_is_terminal());
 }
 
+/* "4.123"; "-" for what there is not. */
+static const char *decimal(double x, int digits, char text[32])
+{
+    if (!isfinite(x))
+        return "-";
+    snprintf(text, 32, "%.*f", digits, x);
+    return text;
+}
+
 /* --- start ------------------------------------------------------------------------------------------------------------------- */
 
 static const char *mib(double bytes, char text[32])
@@ -79,15 +88,24 @@ static void print_shared(const poe_model *m, const poe_layout *l)
     static const char *const what[] = {[POE_OBJECTIVE_POE] = "embedding, head, smear: a replica on every rank, in its numbers",
                                        [POE_OBJECTIVE_BP] = "nothing: each tensor is one rank's",
                                        [POE_OBJECTIVE_HIERARCHICAL] = "head: a replica on every rank, in its numbers"};
-    printf("shared          %8.3f M    (%s)\n\n", (double)poe_model_stage_parameters(m, -1) / 1e6,
+    printf("shared          %8.3f M    (%s)\n", (double)poe_model_stage_parameters(m, -1) / 1e6,
            poe_layout_replicated(l) ? "nothing: every rank has all of it" : what[m->config.objective]);
+}
+
+/* What agents take beside the stage processes: `snapshot` is the largest rank's. */
+static void print_agents(const poe_options *o, uint64_t snapshot)
+{
+    char twice[32], log[32];
+    printf("agents          up to %s more for each rank's snapshots (its weights, optimiser and waiting sums, twice), and "
+           "%s for messages (--log-limit)\n", mib(2 * (double)snapshot, twice), mib((double)o->log_limit, log));
 }
 
 /* `known`: the ranks' own figures; NULL: as these flags would have them, refused behind the table when too much. */
 static poe_status print_stages(const poe_options *o, const poe_model *m, const poe_layout *l, int threads,
-                               const poe_run_memory *known)
+                               const poe_run_memory *known, bool agents)
 {
     poe_status refused = POE_OK;
+    uint64_t snapshot = 0;
     printf("\n stage  layers  parameters       weights  gradients  optimiser  activations  messages   scratch     total"
            "  recompute\n");
     for (int k = 0; k < m->config.n_stages; k++) {
@@ -95,11 +113,17 @@ static poe_status print_stages(const poe_options *o, const poe_model *m, const p
         poe_status status = known ? POE_OK : poe_run_size(o, m, l, k, threads, &memory);
         if (status != POE_OK)
             return status;
-        print_stage(m, k, known ? &known[k] : &memory);
+        const poe_run_memory *figures = known ? &known[k] : &memory;
+        uint64_t kept = figures->parameters + figures->optimizer + figures->pending;
+        snapshot = kept > snapshot ? kept : snapshot;
+        print_stage(m, k, figures);
         if (!known && refused == POE_OK)
             refused = poe_run_check_memory(o, k, &memory);
     }
     print_shared(m, l);
+    if (agents)
+        print_agents(o, snapshot);
+    putchar('\n');
     return refused;
 }
 
@@ -156,21 +180,26 @@ poe_status poe_report_start(const poe_options *o, const poe_model *m, int thread
         if (strcmp(o->dtype, "bf16") == 0)
             printf("dtype     bf16: %s\n", poe_bf16_engine(r->kernels));
         if (o->emulate_compute)
-            printf("emulated  compute: every stage sleeps %s; nothing is learnt, evaluated or saved\n", o->emulate_compute);
+            printf("emulated  compute: every stage sleeps %s; nothing is learnt%s\n", o->emulate_compute,
+                   o->save_every ? " or evaluated, and checkpoints hold zeros" : ", evaluated or saved");
         printf("output    %s\n", r->out);
     }
-    poe_status status = print_stages(o, m, &layout, threads, r ? r->memory : NULL);
+    bool agents = r ? poe_comm_board(r->comm) != NULL : poe_options_agents(o, o->ranks);
+    poe_status status = print_stages(o, m, &layout, threads, r ? r->memory : NULL, agents);
     fflush(stdout);
     return status;
 }
 
 double poe_report_loss(const poe_run *r, const double *stage_losses)
 {
-    int n = poe_run_heads(r);
+    int n = 0;
     double sum = 0;
-    for (int k = 0; k < n; k++)
-        sum += stage_losses[k] / pow(n, 1 - r->model.config.alpha);
-    return sum;
+    for (int k = 0; k < poe_run_heads(r); k++)
+        n += isfinite(stage_losses[k]);
+    for (int k = 0; k < poe_run_heads(r); k++)
+        if (isfinite(stage_losses[k]))
+            sum += stage_losses[k] / pow(n, 1 - r->model.config.alpha);
+    return n ? sum : NAN;
 }
 
 void poe_report_complete_config(const poe_run *r, json_t *config)
@@ -222,9 +251,10 @@ static void show_line(poe_progress *p, const char *line, bool last)
 
 static int append_losses(char *text, size_t room, double loss, const double *losses, int n, double lrm)
 {
-    int used = snprintf(text, room, "loss: %.4f", loss);
+    char number[32];
+    int used = snprintf(text, room, "loss: %s", decimal(loss, 4, number));
     for (int k = 0; n > 1 && k < n && k < SHOWN_LOSSES; k++)
-        used += snprintf(text + used, room - (size_t)used, "%s%.3f", k ? " " : " (", losses[k]);
+        used += snprintf(text + used, room - (size_t)used, "%s%s", k ? " " : " (", decimal(losses[k], 3, number));
     if (n > 1)
         used += snprintf(text + used, room - (size_t)used, "%s)", n > SHOWN_LOSSES ? " ..." : "");
     return used + snprintf(text + used, room - (size_t)used, " | lrm: %.2f", lrm);
@@ -295,12 +325,14 @@ void poe_progress_step(poe_progress *p, int64_t step, double loss, const double 
 void poe_progress_evaluation(poe_progress *p, int64_t step, const poe_evaluation *e, bool has_tokenizer)
 {
     double (*of)(const poe_evaluation *, const poe_score *) = has_tokenizer ? poe_evaluation_bpb : poe_evaluation_nats;
+    char number[32], accuracy[32];
     end_line(p);
     printf("step %05lld | validation %s:", (long long)step, has_tokenizer ? "bpb" : "nats per token");
     for (int k = 0; k < e->n_stages && k < SHOWN_LOSSES; k++)
-        printf(" %.4f", of(e, &e->stage[k]));
+        printf(" %s", decimal(of(e, &e->stage[k]), 4, number));
     const poe_score *aggregate = &e->prefix[e->n_stages - 1];
-    printf(" | aggregate: %.4f, accuracy %.2f%%\n", of(e, aggregate), 100 * poe_evaluation_accuracy(e, aggregate));
+    printf(" | aggregate: %s, accuracy %s%%\n", decimal(of(e, aggregate), 4, number),
+           decimal(100 * poe_evaluation_accuracy(e, aggregate), 2, accuracy));
     fflush(stdout);
 }
 
@@ -314,9 +346,11 @@ void poe_progress_end(poe_progress *p)
 
 static void print_score(const char *name, const poe_evaluation *e, const poe_score *score, bool has_tokenizer)
 {
-    printf("%-16s  %10.6f  %8.2f %%  %12.6f\n", name,
-           has_tokenizer ? poe_evaluation_bpb(e, score) : poe_evaluation_nats(e, score),
-           100 * poe_evaluation_accuracy(e, score), exp(poe_evaluation_nats(e, score)));
+    char loss[32], accuracy[32], perplexity[32];
+    printf("%-16s  %10s  %8s %%  %12s\n", name,
+           decimal(has_tokenizer ? poe_evaluation_bpb(e, score) : poe_evaluation_nats(e, score), 6, loss),
+           decimal(100 * poe_evaluation_accuracy(e, score), 2, accuracy),
+           decimal(exp(poe_evaluation_nats(e, score)), 6, perplexity));
 }
 
 void poe_report_evaluation(const poe_options *o, const poe_evaluation *e, bool has_tokenizer)

@@ -17,7 +17,8 @@ bool poe_report_terminal(void);
 /* The start-up table, on one rank. `threads` and `ranks_on_host` as they will be; `run` NULL for --dry-run. */
 poe_status poe_report_start(const poe_options *options, const poe_model *model, int threads, const poe_run *run);
 
-/* The total of the losses of the stages that have one: with their weights 1 / K^(1 - alpha), or under bp as it is. */
+/* The total of the losses of the stages that have one: with weights 1 / K^(1 - alpha), K the number of these,
+ * or under bp as it is. NAN when none has one. */
 double poe_report_loss(const poe_run *run, const double *stage_losses);
 
 /* Sets in `config` (poe_options_json()) what was resolved since, so that it repeats the run exactly. */

@@ -248,6 +248,7 @@ static poe_status open_tokenizer(poe_run *r)
     }
     poe_status status =
         poe_corpus_open_tokenizer(&r->corpus, r->comm, r->options, path, poe_layout_replicated(&r->layout));
+    poe_comm_remember(r->comm, &r->corpus.trained, sizeof(r->corpus.trained)); /* the next one reads what is stored */
     return status == POE_OK ? poe_comm_agree(r->comm, check_tokenizer(r)) : status;
 }
 

@@ -37,13 +37,20 @@ typedef struct poe_run_memory {
     poe_recompute recompute; /* what backward makes again, so that it is no more */
 } poe_run_memory;
 
-/* What a stage process that was started again does not repeat (--recover skip): everything before `micro` of `step`,
- * which is how far its predecessor had got. */
+/* What a stage process that was started again does not repeat (--recover skip): everything from step `from` on and before
+ * `micro` of `step`, which is how far its predecessor had got. */
 typedef struct poe_absence {
     bool ends; /* it is still to end */
     int64_t from, step;
     int micro;
 } poe_absence;
+
+/* Whether the run goes on without this stage (--outage continue). */
+typedef struct poe_outage {
+    bool allowed; /* it would, if need be */
+    bool absent;  /* this stage cannot work in the step at hand */
+    bool missed;  /* a micro-batch of the step at hand went by, here or at a stage before */
+} poe_outage;
 
 typedef struct poe_run {
     const poe_options *options; /* borrowed */
@@ -72,6 +79,7 @@ typedef struct poe_run {
     poe_stage *stage;
     poe_compute compute;          /* what training does with the stage */
     poe_absence absence;          /* of a process that goes on without what it lost */
+    poe_outage outage;
     poe_trace *trace;             /* of training, with --trace; else NULL */
     poe_accounts accounts;        /* of training: running between its first step and its end */
     poe_edges edges;

@@ -5,6 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "comm/agent/board.h"
 #include "pipeline/streams.h"
 #include "src/log.h"
 #include "src/moment.h"
@@ -95,6 +96,7 @@ poe_status poe_shared_open(poe_shared_rule *r, poe_comm *comm, poe_compute *comp
     *r = (poe_shared_rule){.delay = floats ? settings->delay : 0,
                            .every = floats ? settings->every : 0,
                            .n_steps = settings->n_steps,
+                           .board = poe_comm_board(comm),
                            .stage = compute->stage,
                            .compute = compute,
                            .model = model,
@@ -148,6 +150,13 @@ static float *sum_of(const poe_shared_rule *r, poe_shared_part p, int64_t step)
     return p == POE_SHARED_HEAD && r->head_total ? r->head_total : gradients_of(r, p);
 }
 
+/* From now on others may count on the gradients of `step`, and on those held before it. */
+static void note_leaving(poe_shared_rule *r, int64_t step)
+{
+    if (r->board && step >= atomic_load(&r->board->left))
+        atomic_store(&r->board->left, step + 1);
+}
+
 /* The part's gradients of `step` are final: they leave for the sum, or are added to those that are held. Under exact
  * from where they are; else from a vector of their own, and the next step may begin before their sum is there. */
 static poe_status leave(poe_shared_rule *r, poe_shared_part p, int64_t step)
@@ -161,7 +170,10 @@ static poe_status leave(poe_shared_rule *r, poe_shared_part p, int64_t step)
         sum[i] += gradients[i];
     part->left = step + 1;
     poe_moment(POE_PHASE_REDUCE, step, -1);
-    return sums_after(r, step) ? poe_reduce_begin(part->reduce, step, is_exact(r) ? gradients : sum, sum) : POE_OK;
+    if (!sums_after(r, step))
+        return POE_OK;
+    note_leaving(r, step);
+    return poe_reduce_begin(part->reduce, step, is_exact(r) ? gradients : sum, sum);
 }
 
 /* From within the last backward of a step. What is not finite stays: the run ends when all have been looked at. */

@@ -29,6 +29,7 @@ typedef struct poe_shared_rule {
     int delay;       /* D; 0: exact */
     int every;       /* N; 0: not every:N */
     int n_steps;     /* of the run: the last one applies what is held */
+    struct poe_board *board; /* may be NULL */
     poe_stage *stage;
     poe_compute *compute;
     const poe_model *model;

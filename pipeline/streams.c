@@ -355,6 +355,14 @@ void poe_streams_release_batch(poe_streams *s)
         poe_link_release(s->batch_in);
 }
 
+static void clear_crossing(const poe_crossing *c, size_t floats)
+{
+    float *const values[] = {c->h, c->x0, c->mid};
+    for (int i = 0; i < 3; i++)
+        if (values[i])
+            memset(values[i], 0, floats * sizeof(float));
+}
+
 poe_status poe_streams_output(poe_streams *s, const poe_batch *batch, poe_crossing *out)
 {
     poe_message message = batch_message(s, batch, s->stage);
@@ -371,6 +379,8 @@ poe_status poe_streams_output(poe_streams *s, const poe_batch *batch, poe_crossi
     memcpy(payload, batch->idx, tokens);
     memcpy(payload + padded, batch->targets, tokens);
     *out = place_values(s, OUTPUT, s->stage, batch, payload + 2 * padded);
+    if (batch->flags & POE_FLAG_ABSENT)
+        clear_crossing(out, batch->rows * batch->t * s->channels);
     return POE_OK;
 }
 

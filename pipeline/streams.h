@@ -50,7 +50,9 @@ typedef enum poe_kind {
     POE_KIND_TRACE,
 } poe_kind;
 
-enum { POE_FLAG_STOP = 1, POE_EPOCH_SHIFT = 8 }; /* of poe_message.flags: stop after this step; epochs done above */
+/* Of poe_message.flags: stop after this step; a stage before could not work on this micro-batch, and no later one can;
+ * epochs done above. */
+enum { POE_FLAG_STOP = 1, POE_FLAG_ABSENT = 2, POE_EPOCH_SHIFT = 8 };
 
 /* One micro-batch at one stage: where its tokens, targets and input are, and its place in the run. */
 typedef struct poe_batch {
@@ -116,7 +118,7 @@ poe_status poe_streams_receive_batch(poe_streams *streams, poe_batch *batch);
 void poe_streams_release_batch(poe_streams *streams);
 
 /* Where this stage's output goes: into the message to the next stage, which a credit allows (waits), or nowhere (all
- * NULL). */
+ * NULL). With POE_FLAG_ABSENT it is zeros already. */
 poe_status poe_streams_output(poe_streams *streams, const poe_batch *batch, poe_crossing *out);
 /* Sends the batch with that output to every stage that this one feeds. */
 poe_status poe_streams_send_batch(poe_streams *streams, const poe_batch *batch);

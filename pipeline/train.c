@@ -6,6 +6,7 @@
 
 #include "comm/agent/board.h"
 #include "pipeline/micro_batches.h"
+#include "pipeline/outage.h"
 #include "pipeline/recovery.h"
 #include "pipeline/report.h"
 #include "pipeline/snapshot.h"
@@ -30,6 +31,7 @@ static poe_status evaluate(trainer *t, int64_t step)
     poe_run *r = t->run;
     poe_evaluation *e = &t->training->evaluation;
     poe_account_enter(&r->accounts, POE_ACCOUNT_OUTSIDE, step, -1);
+    r->evaluator.absent = poe_outage_covers(r, step - 1);
     poe_status status = poe_evaluate(&r->evaluator, step, e);
     if (status != POE_OK)
         return status;
@@ -92,6 +94,8 @@ static void pass_loop(void *loop, poe_image *image)
 {
     trainer *t = loop;
     poe_image_pass(image, t->training, sizeof(*t->training));
+    poe_image_pass(image, &t->run->evaluator.next, sizeof(t->run->evaluator.next));
+    poe_image_pass(image, &t->stop, sizeof(t->stop));
     poe_step_reports_image(&t->reports, image);
 }
 
@@ -102,6 +106,23 @@ static poe_status take_snapshot(trainer *t, int64_t step)
     return status == POE_OK ? poe_snapshot_take(t->run, step, pass_loop, t) : status;
 }
 
+static bool snapshot_wanted(const trainer *t)
+{
+    poe_board *board = poe_comm_board(t->run->comm);
+    return board && atomic_exchange(&board->snapshot_wanted, false);
+}
+
+/* The messages of a long evaluation are more than a log can keep. */
+static poe_status snap_between(void *context, int64_t step)
+{
+    trainer *t = context;
+    if (!snapshot_wanted(t))
+        return POE_OK;
+    poe_status status = take_snapshot(t, step);
+    poe_account_enter(&t->run->accounts, POE_ACCOUNT_OUTSIDE, step, -1);
+    return status;
+}
+
 /* The first snapshot, or the return to the last one. *step: where training begins. */
 static poe_status begin_recoverable(trainer *t, int64_t *step)
 {
@@ -110,9 +131,12 @@ static poe_status begin_recoverable(trainer *t, int64_t *step)
     if (!poe_comm_board(r->comm))
         return POE_OK;
     poe_comm_journal(r->comm, NULL, NULL, false);
-    if (!poe_snapshot_resumes(r->comm))
+    if (!poe_snapshot_resumes(r->comm)) {
+        poe_outage_begin(r, *step);
         return take_snapshot(t, *step);
+    }
     poe_status status = poe_snapshot_restore(r, step, pass_loop, t);
+    poe_outage_begin(r, *step);
     if (status == POE_OK && strcmp(r->options->recover, "skip") == 0)
         poe_recovery_begin_absence(r, *step);
     return status;
@@ -121,8 +145,10 @@ static poe_status begin_recoverable(trainer *t, int64_t *step)
 static void end_recoverable(trainer *t)
 {
     poe_board *board = poe_comm_board(t->run->comm);
-    if (board)
-        atomic_store(&board->recoverable, false);
+    if (!board)
+        return;
+    atomic_store(&board->recoverable, false);
+    atomic_store(&board->over, true);
 }
 
 /* --- the run ------------------------------------------------------------------------------------------------------------------- */
@@ -173,10 +199,16 @@ static bool evaluates_after(const trainer *t, int64_t done)
     return t->run->corpus.n_eval && due(done, t->run->options->eval_every);
 }
 
+/* Where nothing is learnt, only who asks for checkpoints gets them. */
+static bool keeps(const poe_options *o)
+{
+    return !o->emulate_compute || o->save_every > 0;
+}
+
 static bool saves_after(const trainer *t, int64_t done)
 {
     const poe_options *o = t->run->options;
-    return !o->emulate_compute && (t->stop || due(done, o->save_every));
+    return keeps(o) && (t->stop || due(done, o->save_every));
 }
 
 /* What took long is not to be repeated, and its messages need not be kept. */
@@ -185,7 +217,7 @@ static bool snaps_after(const trainer *t, int64_t done)
     poe_board *board = poe_comm_board(t->run->comm);
     if (!board || t->stop)
         return false;
-    return atomic_exchange(&board->snapshot_wanted, false) || due(done, t->run->options->snapshot_every) ||
+    return snapshot_wanted(t) || due(done, t->run->options->snapshot_every) ||
            evaluates_after(t, done) || saves_after(t, done);
 }
 
@@ -224,8 +256,11 @@ static poe_status rest_after(trainer *t, int64_t done)
         status = evaluate(t, done);
     if (status == POE_OK && saves)
         status = save(t, done);
-    if (status == POE_OK && snaps_after(t, done))
+    bool leaves = !t->stop && poe_recovery_leaves(t->run);
+    if (status == POE_OK && (snaps_after(t, done) || leaves))
         status = take_snapshot(t, done);
+    if (status == POE_OK && leaves)
+        poe_recovery_leave();
     poe_account_enter(&t->run->accounts, POE_ACCOUNT_OTHER, done, -1);
     mark_traffic(t);
     return status;
@@ -247,7 +282,7 @@ static poe_status finish(trainer *t)
     poe_status status = poe_shared_finish(&r->shared);
     if (status == POE_OK && r->corpus.n_eval)
         status = evaluate(t, t->training->steps);
-    if (status == POE_OK && t->training->steps > r->first_step && !r->options->emulate_compute)
+    if (status == POE_OK && t->training->steps > r->first_step && keeps(r->options))
         status = save(t, t->training->steps);
     return status;
 }
@@ -258,6 +293,8 @@ static poe_status run_steps(trainer *t)
     int64_t step;
     poe_status status = begin_recoverable(t, &step);
     mark_traffic(t);
+    if (status == POE_OK && r->evaluator.next.micro && step < r->options->num_iterations)
+        status = rest_after(t, step);
     for (; status == POE_OK && !t->stop && step < r->options->num_iterations; step++)
         status = run_step(t, step);
     bool interrupted = t->stop && t->training->steps < r->options->num_iterations;
@@ -276,6 +313,8 @@ poe_status poe_train(poe_run *r, poe_training *training)
     }
     t->run = r;
     t->training = training;
+    r->evaluator.between = snap_between;
+    r->evaluator.context = t;
     poe_step_reports_start(&t->reports, r);
     poe_status status = poe_micro_batches_open(&t->batches, r, &t->reports);
     poe_accounts_start(&r->accounts, r->comm, r->trace);
@@ -286,6 +325,7 @@ poe_status poe_train(poe_run *r, poe_training *training)
     if (poe_run_is_last(r))
         poe_progress_end(&t->reports.progress);
     poe_micro_batches_close(&t->batches);
+    r->evaluator.between = NULL;
     free(t);
     return status;
 }

@@ -6,6 +6,7 @@
 #include <ftw.h>
 #include <pthread.h>
 #include <stdarg.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -17,13 +18,16 @@
 #include "src/crc32c.h"
 #include "src/log.h"
 
+/* More than all threads of one process have at a time. Takes memory only where it is written. */
+enum { TEMPORARIES = 256 };
+
 typedef struct temporary {
-    struct temporary *next;
-    char path[];
+    atomic_bool used; /* `path` is whole */
+    char path[POE_PATH_MAX];
 } temporary;
 
 static pthread_mutex_t temporaries_lock = PTHREAD_MUTEX_INITIALIZER;
-static temporary *temporaries;
+static temporary own_temporaries[TEMPORARIES], *temporaries = own_temporaries;
 
 poe_status poe_path(char path[POE_PATH_MAX], const char *format, ...)
 {
@@ -306,30 +310,39 @@ poe_status poe_remove_tree(const char *path)
     return POE_FAILED;
 }
 
+poe_status poe_temporary_share(void)
+{
+    void *shared =
+        mmap(NULL, sizeof(own_temporaries), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (shared == MAP_FAILED) {
+        poe_error("the memory for names of temporary files cannot be mapped: %s", strerror(errno));
+        return POE_FAILED;
+    }
+    temporaries = shared;
+    return POE_OK;
+}
+
+/* Without a free place, or with a path too long, it is only not removed by a signal. */
 void poe_temporary_register(const char *path)
 {
-    size_t bytes = strlen(path) + 1;
-    temporary *item = malloc(sizeof(*item) + bytes);
-    if (!item)
-        return; /* the path is only not removed by a signal */
-    memcpy(item->path, path, bytes);
+    int i = 0;
     pthread_mutex_lock(&temporaries_lock);
-    item->next = temporaries;
-    temporaries = item;
+    while (i < TEMPORARIES && atomic_load(&temporaries[i].used))
+        i++;
+    if (i < TEMPORARIES && strlen(path) < POE_PATH_MAX) {
+        strcpy(temporaries[i].path, path);
+        atomic_store(&temporaries[i].used, true);
+    }
     pthread_mutex_unlock(&temporaries_lock);
 }
 
 void poe_temporary_forget(const char *path)
 {
     pthread_mutex_lock(&temporaries_lock);
-    temporary **link = &temporaries;
-    while (*link && strcmp((*link)->path, path) != 0)
-        link = &(*link)->next;
-    temporary *item = *link;
-    if (item)
-        *link = item->next;
+    for (int i = 0; i < TEMPORARIES; i++)
+        if (atomic_load(&temporaries[i].used) && strcmp(temporaries[i].path, path) == 0)
+            atomic_store(&temporaries[i].used, false);
     pthread_mutex_unlock(&temporaries_lock);
-    free(item);
 }
 
 int poe_temporary_rename(const char *path, const char *final, unsigned flags)
@@ -347,7 +360,9 @@ void poe_temporary_remove_all(void)
     enum { TRIES = 50 };
     const struct timespec moment = {.tv_nsec = 4000000};
     pthread_mutex_lock(&temporaries_lock);
-    for (; temporaries; temporaries = temporaries->next)
-        for (int i = 0; i < TRIES && !remove_quietly(temporaries->path); i++)
+    for (temporary *t = temporaries; t < temporaries + TEMPORARIES; t++) {
+        for (int i = 0; atomic_load(&t->used) && i < TRIES && !remove_quietly(t->path); i++)
             nanosleep(&moment, NULL);
+        atomic_store(&t->used, false);
+    }
 }

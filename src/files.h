@@ -51,6 +51,9 @@ poe_status poe_remove_tree(const char *path);
  * nothing gets its final name that is being removed. */
 void poe_temporary_register(const char *path);
 void poe_temporary_forget(const char *path);
+/* From now on this process and all that it forks have the same: who outlives the others can remove what they left. Before
+ * any is registered. POE_FAILED: said. */
+poe_status poe_temporary_share(void);
 /* renameat2() with these flags. */
 int poe_temporary_rename(const char *temporary, const char *final, unsigned flags);
 void poe_temporary_remove_all(void);

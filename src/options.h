@@ -71,6 +71,7 @@ typedef struct poe_options {
     int save_every, keep; /* 0: only at the end; 0: keep all */
     /* ranks */
     int ranks;   /* --ranks: start mpiexec with so many; 0: do not */
+    int spares;  /* ranks beyond those of the stages, to which a stage can move */
     char transport[POE_OPTION_TEXT]; /* auto | inproc | mpi | fabric */
     int link_window; /* messages of activations under way on a link, at least what the schedule needs; 0: that */
     char fabric_provider[POE_OPTION_TEXT];
@@ -87,6 +88,7 @@ typedef struct poe_options {
     /* recovery */
     char agents[POE_OPTION_TEXT];  /* auto | on | off */
     char recover[POE_OPTION_TEXT]; /* replay | skip */
+    char outage[POE_OPTION_TEXT];  /* stop | continue */
     int snapshot_every;            /* steps */
     char on_nan[POE_OPTION_TEXT];  /* stop | skip */
     int64_t log_limit;             /* bytes; 0: the default of comm/agent/relay.h */
@@ -139,6 +141,8 @@ bool poe_options_given(const poe_options *options, const char *flag);
 
 /* Ranks of a run in one process: one per stage, or under --schedule ddp as many as --ranks says. */
 int poe_options_rank_count(const poe_options *options);
+/* Whether a run's ranks have agents, if each is one of `processes` processes that a launcher starts. */
+bool poe_options_agents(const poe_options *options, int processes);
 /* Whether `ranks` ranks can share out a step's micro-batches (--schedule ddp). POE_BAD_INPUT: said. */
 poe_status poe_options_check_ranks(const poe_options *options, int ranks);
 

@@ -117,6 +117,13 @@ int poe_options_rank_count(const poe_options *options)
     return is_replicated(options) ? replicas : options->stages.count;
 }
 
+bool poe_options_agents(const poe_options *o, int processes)
+{
+    bool carried = strcmp(o->transport, "fabric") == 0 || strcmp(o->transport, "auto") == 0;
+    bool trains = !o->eval_only && !o->trace && !is_replicated(o);
+    return strcmp(o->agents, "off") != 0 && processes > 1 && carried && trains;
+}
+
 poe_status poe_options_check_ranks(const poe_options *options, int ranks)
 {
     int64_t micro = options->total_batch_size / ((int64_t)options->device_batch_size * options->sequence_len);
@@ -131,8 +138,14 @@ static poe_status check_ranks(const poe_options *options)
 {
     if (is_replicated(options))
         return options->ranks ? poe_options_check_ranks(options, options->ranks) : POE_OK;
-    if (options->ranks <= 1 || options->ranks == options->stages.count)
+    int wanted = options->stages.count + options->spares;
+    if (options->ranks == wanted || (options->ranks <= 1 && !options->spares) || !options->ranks)
         return POE_OK;
+    if (options->spares) {
+        poe_error("--ranks: found %d with %d stages in --stages and --spares %d, allowed is one rank for each (%d)",
+                  options->ranks, options->stages.count, options->spares, wanted);
+        return POE_BAD_INPUT;
+    }
     poe_error("--ranks: found %d with %d stages in --stages, allowed is one rank per stage (%d), or 1 for all of them",
               options->ranks, options->stages.count, options->stages.count);
     return POE_BAD_INPUT;
@@ -173,13 +186,47 @@ static poe_status check_agents(const poe_options *options)
     return POE_BAD_INPUT;
 }
 
+/* A spare is an agent that waits for a stage; an emulated network cannot move along. */
+static poe_status check_spares(const poe_options *options)
+{
+    const char *transport = options->transport;
+    const char *found = NULL;
+    if (!options->spares)
+        return POE_OK;
+    if (is_replicated(options))
+        found = "--schedule ddp";
+    else if (strcmp(transport, "mpi") == 0)
+        found = "--transport mpi";
+    else if (strcmp(transport, "inproc") == 0)
+        found = "--transport inproc";
+    else if (strcmp(options->agents, "off") == 0)
+        found = "--agents off";
+    else if (options->trace)
+        found = "--trace";
+    else if (options->eval_only)
+        found = "--eval-only";
+    else if (options->net && strcmp(options->net, "none") != 0)
+        found = "--net";
+    if (!found)
+        return POE_OK;
+    if (strcmp(found, "--net") == 0)
+        poe_error("--spares and --net exclude each other: what an emulated network holds back cannot move with a stage");
+    else
+        poe_error("--spares is for ranks with agents, and %s has none; give one of them", found);
+    return POE_BAD_INPUT;
+}
+
 /* Where gradients flow back, no stage can leave anything out. */
 static poe_status check_left_out(const poe_options *options)
 {
-    const char *flag = strcmp(options->recover, "skip") == 0 ? "--recover" : strcmp(options->on_nan, "skip") == 0 ? "--on-nan" : NULL;
-    if (!flag || strcmp(options->objective, "poe") == 0)
+    const char *words = strcmp(options->recover, "skip") == 0      ? "--recover skip"
+                        : strcmp(options->on_nan, "skip") == 0     ? "--on-nan skip"
+                        : strcmp(options->outage, "continue") == 0 ? "--outage continue"
+                                                                   : NULL;
+    if (!words || strcmp(options->objective, "poe") == 0)
         return POE_OK;
-    poe_error("%s skip lets a stage go on without the others: found --objective %s, allowed with it is poe", flag, options->objective);
+    poe_error("%s lets a stage go on without the others: found --objective %s, allowed with it is poe", words,
+              options->objective);
     return POE_BAD_INPUT;
 }
 
@@ -200,18 +247,20 @@ static const char *conflict(const poe_options *options)
     return NULL;
 }
 
-/* Nothing is learnt, so there is nothing to keep, to go on with or to evaluate. */
+/* Nothing is learnt, so there is nothing to evaluate or to hand on. Checkpoints, asked for by --save-every, are for their
+ * time, and for runs that are ended and resumed. */
 static poe_status check_emulation(const poe_options *options)
 {
     const struct {
         bool wanted;
         const char *name;
-    } needs_weights[] = {{options->export_path, "export"},     {options->resume, "resume"},
-                         {options->init_from, "init-from"},    {options->eval_only, "eval-only"},
-                         {options->eval_every, "eval-every"},  {options->save_every, "save-every"}};
+    } needs_weights[] = {{options->export_path, "export"},
+                         {options->init_from, "init-from"},
+                         {options->eval_only, "eval-only"},
+                         {options->eval_every, "eval-every"}};
     if (!options->emulate_compute)
         return POE_OK;
-    for (int i = 0; i < 6; i++) {
+    for (int i = 0; i < 4; i++) {
         if (!needs_weights[i].wanted)
             continue;
         poe_error("--emulate-compute computes nothing, and --%s needs weights; give one of them", needs_weights[i].name);
@@ -245,6 +294,8 @@ static poe_status check_train(poe_options *options)
         status = check_emulation(options);
     if (status == POE_OK)
         status = check_agents(options);
+    if (status == POE_OK)
+        status = check_spares(options);
     if (status == POE_OK)
         status = check_left_out(options);
     return status == POE_OK ? check_ports(options) : status;

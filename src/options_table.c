@@ -167,8 +167,13 @@ const poe_option poe_option_table[] = {
     WORD("agents", agents, "auto", "auto|on|off", TRAIN, CALL,
          "a rank's stage process is looked after by an agent, which starts it again; auto: under mpiexec, over the "
          "fabric"),
+    INT("spares", spares, "0", 0, POE_OPTION_STAGES, TRAIN, CALL,
+        "of the ranks, how many have no stage until one moves there, as a SIGTERM to an agent asks for"),
     WORD("recover", recover, "replay", "replay|skip", TRAIN, CHANGEABLE,
          "a stage process that is started again repeats what it had done since its snapshot, or goes on without"),
+    WORD("outage", outage, "stop", "stop|continue", TRAIN, CHANGEABLE,
+         "a stage that dies again and again ends the run, or the stages before it go on as the shorter model that they "
+         "are, until it is back; needs agents"),
     WORD("on-nan", on_nan, "stop", "stop|skip", TRAIN, CHANGEABLE,
          "a loss or gradient that is not finite ends the run, or its micro-batch is left out by that stage"),
     INT("snapshot-every", snapshot_every, "10", 1, INT_MAX, TRAIN, LOCAL, "steps between a stage's own snapshots"),

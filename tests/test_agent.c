@@ -499,6 +499,39 @@ static void check_trimming(void)
     close_scene(&s);
 }
 
+/* When nobody will go on from a snapshot, nothing that was read is kept; what is still to be read is. */
+static void check_over(void)
+{
+    enum { BYTES = 1 << 20, MANY = 6 };
+    poe_operation sent, got;
+    unsigned char *out = calloc(1, BYTES), *in = calloc(1, BYTES);
+    scene s = open_scene(2 * (uint64_t)BYTES);
+    publish(&s, 1, 16, 0, 0);
+    pass(&s, true, 16, 0, BYTES);
+    CHECK_INT(poe_relay_logged(s.relay), BYTES);
+    atomic_store(&s.board->over, true);
+    for (uint64_t i = 1; i < MANY; i++) {
+        pass(&s, true, 16, i, BYTES);
+        settle(&s);
+        CHECK_INT(poe_relay_logged(s.relay), 0);
+    }
+    fill(out, BYTES, 16, MANY);
+    post_send(s.other, 16, out, BYTES, &sent);
+    post_receive(s.stage, 16, in, BYTES, &got);
+    s.stage->ops->progress(s.stage, 0);
+    for (int i = 0; i < 20; i++) { /* it is there, and the stage process does not look */
+        poe_relay_progress(s.relay, 0);
+        s.other->ops->progress(s.other, 0);
+    }
+    CHECK_INT(poe_relay_logged(s.relay), BYTES);
+    wait_for(&s, &got);
+    wait_for(&s, &sent);
+    CHECK(is_filled(in, BYTES, 16, MANY) && !atomic_load(&s.board->snapshot_wanted));
+    free(in);
+    free(out);
+    close_scene(&s);
+}
+
 /* More requests than there are tags, made while the agent sleeps. */
 static void check_full(void)
 {
@@ -993,6 +1026,7 @@ int main(void)
     check_live_left_behind();
     check_beat();
     check_trimming();
+    check_over();
     check_full();
     check_cancel();
     check_outboxes();

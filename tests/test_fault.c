@@ -64,6 +64,8 @@ static void check_rules(void)
     check_rule("corrupt-checkpoint rank=1 step=10", "corrupt-checkpoint rank=1 step=10\n");
     check_rule("kill-agent rank=2 step=9\nkill-keeper rank=2 step=9",
                "kill-agent rank=2 step=9\nkill-keeper rank=2 step=9\n");
+    check_rule("absent rank=2 step=30 steps=40", "absent rank=2 step=30 steps=40\n");
+    check_rule("absent rank=2 step=30 for=60s", "absent rank=2 step=30 for=60s\n");
     check_rule("kill rank=1 step=2 phase=recovery life=2 times=3",
                "kill rank=1 step=2 phase=recovery life=2 times=3\n");
     check_rule("random mtbf=20s seed=7 kinds=kill,cut ranks=1,2",
@@ -135,6 +137,9 @@ static void check_wrong(void)
         {"partition step=1", "partition needs ranks\n"},
         {"partition ranks= step=1", "found \"\" for ranks"},
         {"partition ranks=0,1,2,3 step=1", "found all 4 ranks for ranks"},
+        {"absent rank=0 step=1 steps=2", "without the first stage there is nothing to train on"},
+        {"absent rank=1 step=1 steps=0", "found \"0\" for steps, allowed is a number of steps from 1"},
+        {"absent rank=1 step=1 steps=2 for=2s", "says steps and for; allowed is one of them"},
         {"random seed=1", "random needs mtbf\n"},
         {"random mtbf=0s", "found \"0s\" for mtbf"},
         {"random mtbf=1s kinds=kill,random", "found \"random\" for kinds, allowed is kill,"},

@@ -4,9 +4,11 @@
 
 #include <fcntl.h>
 #include <limits.h>
+#include <signal.h>
 #include <sys/inotify.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include "src/crc32c.h"
@@ -138,8 +140,23 @@ static void check_full_disk(void)
     CHECK(!exists(in_root("full.tmp")));
 }
 
+/* What a process has left that others share its names with. */
+static void leave_temporary(void)
+{
+    CHECK_INT(poe_temporary_share(), POE_OK);
+    pid_t child = fork();
+    if (child == 0) {
+        poe_temporary_register(in_root("orphan"));
+        poe_write_file(in_root("orphan"), "0", 1);
+        raise(SIGKILL);
+    }
+    CHECK_INT(waitpid(child, NULL, 0), child);
+    CHECK(exists(in_root("orphan")));
+}
+
 static void check_temporaries(void)
 {
+    leave_temporary();
     CHECK_INT(poe_write_file(in_root("one"), "1", 1), POE_OK);
     CHECK_INT(poe_make_directories(in_root("two/deep")), POE_OK);
     CHECK_INT(poe_write_file(in_root("kept"), "3", 1), POE_OK);
@@ -150,6 +167,7 @@ static void check_temporaries(void)
     poe_temporary_forget(in_root("kept"));
     poe_temporary_forget(in_root("unknown"));
     poe_temporary_remove_all();
+    CHECK(!exists(in_root("orphan")));
     CHECK(!exists(in_root("one")));
     CHECK(!exists(in_root("two")));
     CHECK(exists(in_root("kept")));

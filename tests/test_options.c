@@ -188,6 +188,7 @@ static void test_refused_values(void)
     REFUSED("--memory-limit", "--memory-limit 99999999TiB");
     REFUSED("auto, on or off", "--agents maybe");
     REFUSED("replay or skip", "--recover never");
+    REFUSED("--outage continue lets a stage go on without the others: found --objective bp", "--objective bp --outage continue");
     REFUSED("--snapshot-every", "--snapshot-every 0");
     REFUSED("--log-limit", "--log-limit 1GB");
     REFUSED("--agents on: agents carry messages over the fabric; found --transport mpi", "--agents on --transport mpi");
@@ -233,6 +234,8 @@ static void test_emulation(void)
     CHECK_INT(o.stages.layers[2] * 100 + o.stages.layers[3] * 10 + o.stages.layers[4], 124);
     CHECK_STRING(o.trace, "/tmp/t.json");
     poe_options_free(&o);
+    CHECK_INT(parse(&o, &command, "--emulate-compute forward=1ms,backward=1ms --save-every 2"), POE_OK);
+    poe_options_free(&o);
 }
 
 static void test_refused_emulation(void)
@@ -260,8 +263,7 @@ static void test_refused_emulation(void)
     };
     for (size_t i = 0; i < sizeof(times) / sizeof(*times); i++)
         REFUSED(times[i][1], "--emulate-compute %s", times[i][0]);
-    static const char *const weights[] = {"--export x.safetensors", "--init-from x.safetensors", "--eval-every 2",
-                                          "--save-every 2"};
+    static const char *const weights[] = {"--export x.safetensors", "--init-from x.safetensors", "--eval-every 2"};
     for (size_t i = 0; i < sizeof(weights) / sizeof(*weights); i++)
         REFUSED("--emulate-compute computes nothing, and --", "--emulate-compute forward=1ms,backward=1ms %s", weights[i]);
     REFUSED("--emulate-compute needs a value", "--emulate-compute");

@@ -8,14 +8,19 @@
 #include "pipeline/keeper.h"
 #include "tools/ranks.h"
 
+typedef struct poe_spares poe_spares;
+
 typedef struct poe_rank_job {
     poe_transport *transport;
+    poe_transport *fabric;  // the same without decorators; used where ranks can move
+    poe_transport *letters; // between all agents; NULL unless there are spares
     const poe_options *options;
     poe_rank_body body;
     int rank, size;
     poe_status status;
     poe_board *board;   // of an agent; may be NULL
     poe_keeper *keeper; // the same
+    poe_spares *spares; // with spares; else NULL
 } poe_rank_job;
 
 /* Whether this process, which a launcher started, is to be an agent. */

@@ -109,8 +109,13 @@ static poe_status check_size(const poe_options *options, int size)
     }
     if (strcmp(options->schedule, "ddp") == 0)
         return poe_options_check_ranks(options, size);
-    if (size == options->stages.count)
+    if (size == options->stages.count + options->spares)
         return POE_OK;
+    if (options->spares) {
+        poe_error("--stages has %d stages and --spares is %d, but %d ranks were started; start one for each (mpiexec -n %d)",
+                  options->stages.count, options->spares, size, options->stages.count + options->spares);
+        return POE_BAD_INPUT;
+    }
     poe_error("--stages has %d stages, but %d ranks were started; start one rank per stage (mpiexec -n %d), or one for all",
               options->stages.count, size, options->stages.count);
     return POE_BAD_INPUT;
@@ -146,9 +151,16 @@ static poe_status open_fabric(poe_rank_job *job, poe_comm *over)
                                     .interface = o->interface,
                                     .port_low = o->port_low,
                                     .port_high = o->port_high};
-    poe_status status = poe_fabric_create(over, &settings, &job->transport);
+    poe_status status = poe_fabric_create_for(over, &settings, job->size - o->spares, &job->transport);
     if (status != POE_OK)
         return status;
+    job->fabric = job->transport;
+    if (o->spares) {
+        status = poe_fabric_create(over, &settings, &job->letters);
+        if (status != POE_OK)
+            job->transport->ops->destroy(job->transport);
+        return status;
+    }
     status = poe_comm_agree(over, wrap(o, 1, &job->transport));
     if (status != POE_OK)
         job->transport->ops->destroy(job->transport);

@@ -181,6 +181,12 @@ static const char *emulated(const poe_run *r)
     return compute && network ? "compute, network" : compute ? "compute" : network ? "network" : NULL;
 }
 
+/* Whether all stages could work at the end; else some cannot speak either. */
+static bool is_whole(const poe_training *t)
+{
+    return !t->evaluated || isfinite(t->evaluation.prefix[t->evaluation.n_stages - 1].nats);
+}
+
 static poe_status report(poe_run *r, const poe_training *t, bool interrupted)
 {
     fflush(stdout);
@@ -190,7 +196,7 @@ static poe_status report(poe_run *r, const poe_training *t, bool interrupted)
     if (status == POE_OK && r->rank == 0 && t->evaluated && !interrupted)
         poe_report_evaluation(r->options, &t->evaluation, r->corpus.has_tokenizer);
     bool learnt = !interrupted && !r->options->emulate_compute;
-    if (status == POE_OK && r->corpus.has_tokenizer && learnt)
+    if (status == POE_OK && r->corpus.has_tokenizer && learnt && is_whole(t))
         status = show_sample(r);
     if (status == POE_OK)
         status = poe_report_ranks(r, t);
@@ -336,6 +342,17 @@ static poe_status check_agents(const poe_options *o)
 {
     int rank = 0, size = 1;
     poe_mpi_environment(&rank, &size);
+    bool continues = strcmp(o->outage, "continue") == 0 && poe_options_given(o, "outage");
+    if (continues && !poe_agents_wanted(o)) {
+        poe_error("--outage continue needs agents: ranks that are processes (--ranks %d or mpiexec -n %d) and train over "
+                  "the fabric, without --agents off, --trace or --eval-only", o->stages.count, o->stages.count);
+        return POE_BAD_INPUT;
+    }
+    if (o->spares && size == 1) {
+        poe_error("--spares is for ranks that are processes, and this is the only one; start more with --ranks %d or mpiexec "
+                  "-n %d", o->stages.count + o->spares, o->stages.count + o->spares);
+        return POE_BAD_INPUT;
+    }
     if (strcmp(o->agents, "on") != 0 || size > 1)
         return POE_OK;
     poe_error("--agents on: agents are for ranks that are processes, and this is the only one; start more with --ranks %d "
@@ -367,6 +384,10 @@ static poe_status check_fault(const poe_options *o, bool launched)
     if (status != POE_OK)
         return status;
     status = poe_fault_plan_check(plan, (launched && poe_agents_wanted(o)) || (o->dry_run && o->ranks > 1));
+    if (status == POE_OK && poe_fault_plan_makes_absent(plan) && strcmp(o->outage, "continue") != 0) {
+        poe_error("--fault: absent takes a stage out of a run that goes on without it; give --outage continue");
+        status = POE_BAD_INPUT;
+    }
     poe_fault_plan_free(plan);
     return status;
 }

@@ -9,6 +9,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include "src/clock.h"
 #include "src/log.h"
 
 enum { OUTBOXES = 0, LOG = 2, SNAPSHOTS = 3, JOURNAL = 5, AREAS = 6 };
@@ -62,6 +63,68 @@ void poe_board_destroy(poe_board *board)
     if (board->to_stage.fd >= 0)
         close(board->to_stage.fd);
     munmap(board, whole_bytes());
+}
+
+/* --- moving ------------------------------------------------------------------------------------------------------- */
+/* Nobody else uses the board meanwhile, so what is atomic is passed as the memory that it is. */
+#define PASS(parcel, field) poe_parcel_pass(parcel, (void *)&(field), sizeof(field))
+
+static void pass_snapshot(poe_board *board, poe_parcel *parcel)
+{
+    PASS(parcel, board->valid);
+    int valid = atomic_load(&board->valid);
+    if (valid != 0 && valid != 1) {
+        parcel->failed = true;
+        return;
+    }
+    PASS(parcel, board->snapshots[valid]);
+    if (board->snapshots[valid].bytes > POE_BOARD_AREA)
+        parcel->failed = true;
+    else
+        poe_parcel_pass(parcel, poe_board_snapshot_area(board, valid), board->snapshots[valid].bytes);
+}
+
+static void pass_journal(poe_board *board, poe_parcel *parcel)
+{
+    PASS(parcel, board->journal_bytes);
+    if (atomic_load(&board->journal_bytes) > POE_BOARD_AREA)
+        parcel->failed = true;
+    else
+        poe_parcel_pass(parcel, poe_board_journal(board), atomic_load(&board->journal_bytes));
+}
+
+/* Hosts have clocks of their own: the age is passed. */
+static void pass_fault_start(poe_board *board, poe_parcel *parcel)
+{
+    int64_t now = (int64_t)(poe_now() * 1e9), start = atomic_load(&board->fault_start), age = start ? now - start : 0;
+    poe_parcel_pass(parcel, &age, sizeof(age));
+    atomic_store(&board->fault_start, age ? now - age : 0);
+}
+
+void poe_board_pass(poe_board *board, poe_parcel *parcel)
+{
+    bool stop = atomic_load(&board->stop);
+    poe_parcel_pass(parcel, &stop, sizeof(stop));
+    if (stop)
+        atomic_store(&board->stop, true); /* who takes over may have been asked already */
+    PASS(parcel, board->incarnation);
+    PASS(parcel, board->sent);
+    PASS(parcel, board->recoverable);
+    PASS(parcel, board->decided);
+    PASS(parcel, board->stop_step);
+    PASS(parcel, board->shown);
+    PASS(parcel, board->calls);
+    PASS(parcel, board->outage);
+    PASS(parcel, board->left);
+    PASS(parcel, board->attended);
+    PASS(parcel, board->absent);
+    PASS(parcel, board->absent_until);
+    PASS(parcel, board->n_left_out);
+    PASS(parcel, board->left_out);
+    PASS(parcel, board->fired);
+    pass_fault_start(board, parcel);
+    pass_snapshot(board, parcel);
+    pass_journal(board, parcel);
 }
 
 unsigned char *poe_board_outbox(poe_board *board, unsigned incarnation)

@@ -12,6 +12,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "comm/agent/parcel.h"
 #include "comm/transport.h"
 #include "src/status.h"
 
@@ -21,6 +22,7 @@ enum {
     POE_BOARD_FAULTS = 64,
     POE_BOARD_TEXT = 4096,
     POE_BOARD_LEFT_OUT = 64,
+    POE_BOARD_STEPS = 1 << 20, /* that a stage process may ever go back, at most */
     POE_BOARD_AGAIN = 75, /* exit status of a stage process that asks to be started again, and has said why */
 };
 
@@ -75,10 +77,13 @@ typedef struct poe_board {
     uint64_t outbox_from;    /* of its outbox: what lies below is still being sent, for an earlier one */
     atomic_bool stop;        /* the user wishes to stop */
     atomic_bool report;      /* the user asks what the stage process is doing; the stage process lowers it */
+    atomic_bool outage;      /* the stage cannot work: from the next step on, the run goes on without it */
     _Atomic uint64_t sent[POE_BOARD_RANKS][POE_CHANNELS]; /* messages passed on so far, by all stage processes */
     atomic_bool snapshot_wanted; /* the log is at its limit: take a snapshot after this step; lowered by the stage process */
+    atomic_bool leave;           /* the stage is to move elsewhere: take a snapshot after this step, and end (POE_BOARD_AGAIN) */
     /* the stage process's */
     atomic_bool recoverable; /* a snapshot is there and training goes on: a death is survived */
+    atomic_bool over;        /* training is, and no message will be wanted again */
     atomic_bool ended;       /* `outcome` is final: what follows is no death */
     atomic_int outcome;      /* poe_status */
     atomic_uint beats;       /* counts while its helper thread is alive */
@@ -92,6 +97,11 @@ typedef struct poe_board {
     _Atomic int64_t shown;     /* last rank: steps below this one have had their line on the screen */
     _Atomic uint64_t journal_bytes;
     _Atomic int64_t calls;     /* collective calls completed */
+    _Atomic int64_t left;      /* the shared gradients of steps below this one may have left */
+    _Atomic int64_t attended;  /* steps below this one have had their say on whether the stage is there ... */
+    _Atomic uint64_t absent[POE_BOARD_STEPS / 64]; /* ... and in which of them it is not: a bit each, in a ring */
+    _Atomic int64_t absent_until;    /* a fault plan's: the stage cannot work in steps below this one, ... */
+    _Atomic double absent_until_time; /* ... nor before this time (poe_now()) */
     atomic_int n_left_out;
     _Atomic uint64_t left_out[POE_BOARD_LEFT_OUT]; /* micro-batches whose gradients do not count (--on-nan skip) */
     atomic_uint fired[POE_BOARD_FAULTS]; /* how often each fault of a plan has happened */
@@ -104,6 +114,9 @@ typedef struct poe_board {
 /* Before any fork, and before threads start. POE_FAILED: said. */
 poe_status poe_board_create(poe_board **board);
 void poe_board_destroy(poe_board *board); /* NULL is legal; unmaps it in this process */
+/* What a stage process elsewhere, with another board, needs to go on as the next one here would. While there is none,
+ * and with a valid snapshot. Rank, size and what an agent says of its host stay as they are. */
+void poe_board_pass(poe_board *board, poe_parcel *parcel);
 
 /* The areas, each POE_BOARD_AREA bytes of address space. Outboxes: a stage process uses that of its number's parity. */
 #define POE_BOARD_AREA ((size_t)1 << 36)

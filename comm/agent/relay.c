@@ -183,29 +183,47 @@ static void send_on(poe_relay *relay, stream *s, const poe_board_command *comman
                             poe_board_outbox(relay->board, incarnation) + command->offset, command->bytes, &i->op);
 }
 
-static void post_receive(poe_relay *relay, stream *s, const poe_board_command *command)
+/* With room in the log. NULL: out of memory. */
+static item *new_receive(poe_relay *relay, stream *s, uint64_t bytes)
 {
     item *i = new_item(relay, s);
-    if (i && !poe_space_take(&relay->log, command->bytes, &i->offset)) {
+    if (i && !poe_space_take(&relay->log, bytes, &i->offset)) {
         lose_for_memory(relay);
         make_spare(relay, i);
         i = NULL;
     }
-    if (!i) {
-        answer(relay, command->tag, POE_FAILED, 0);
-        return;
-    }
-    i->bytes = command->bytes;
-    i->wanted = true;
-    i->tag = command->tag;
+    if (i)
+        i->bytes = bytes;
+    return i;
+}
+
+static void append_receive(stream *s, item *i)
+{
     if (s->first)
         s->last->later = i;
     else
         s->first = i;
     s->last = i;
+}
+
+static void start_receive(poe_relay *relay, item *i)
+{
     append(relay, i);
-    relay->below->ops->receive(relay->below, s->peer, s->channel, poe_board_log(relay->board) + i->offset, i->bytes,
-                               &i->op);
+    relay->below->ops->receive(relay->below, i->stream->peer, i->stream->channel,
+                               poe_board_log(relay->board) + i->offset, i->bytes, &i->op);
+}
+
+static void post_receive(poe_relay *relay, stream *s, const poe_board_command *command)
+{
+    item *i = new_receive(relay, s, command->bytes);
+    if (!i) {
+        answer(relay, command->tag, POE_FAILED, 0);
+        return;
+    }
+    i->wanted = true;
+    i->tag = command->tag;
+    append_receive(s, i);
+    start_receive(relay, i);
 }
 
 static bool is_same(poe_relay *relay, const item *i, const poe_board_command *command)
@@ -337,9 +355,16 @@ static void free_spent(poe_relay *relay)
     }
 }
 
-static void drop(poe_relay *relay, stream *s)
+/* Whether the stage process has read it; all that is done has been collected. */
+static bool is_read(const poe_relay *relay, const stream *s, const item *i)
 {
-    for (item *i; (i = s->first) && s->dropped < s->needless && i->op.done; s->dropped++) {
+    return i != s->cursor && !i->wanted && i->answered <= atomic_load(&relay->board->to_stage.tail);
+}
+
+static void drop(poe_relay *relay, stream *s, bool over)
+{
+    for (item *i; (i = s->first) && i->op.done && (s->dropped < s->needless || (over && is_read(relay, s, i)));
+         s->dropped++) {
         assert(i != s->cursor);
         s->first = i->later;
         relay->logged -= i->bytes;
@@ -376,13 +401,14 @@ static void trim(poe_relay *relay)
     poe_board *board = relay->board;
     if (relay->spent)
         free_spent(relay);
-    if (read_snapshot(relay)) {
+    bool over = atomic_load(&board->over);
+    if (read_snapshot(relay) || over) {
         for (int i = 0; i < board->size * POE_CHANNELS; i++)
             if (relay->streams[i] && !relay->streams[i]->live)
-                drop(relay, relay->streams[i]);
+                drop(relay, relay->streams[i], over);
         relay->asked = false;
     }
-    if (relay->logged > relay->log_limit && !relay->asked) {
+    if (relay->logged > relay->log_limit && !relay->asked && !over) {
         atomic_store(&board->snapshot_wanted, true);
         relay->asked = true;
     }
@@ -514,6 +540,100 @@ void poe_relay_end(poe_relay *relay)
         item *i = relay->spent;
         relay->spent = i->next;
         free_receive(relay, i);
+    }
+}
+
+/* --- moving ------------------------------------------------------------------------------------------------------- */
+bool poe_relay_is_quiet(poe_relay *relay)
+{
+    collect(relay);
+    for (const item *i = relay->under_way; i; i = i->next)
+        if (i->sends)
+            return false;
+    return true;
+}
+
+static void pass_message(poe_relay *relay, const item *i, poe_parcel *parcel)
+{
+    poe_parcel_pass(parcel, poe_board_log(relay->board) + i->offset, i->bytes);
+}
+
+/* The first of a stream that is not done may have arrived in part. */
+static void pack_receives(poe_relay *relay, const stream *s, poe_parcel *parcel)
+{
+    bool more = true, before = true;
+    for (item *i = s->first; i; i = i->later) {
+        bool done = i->op.done;
+        poe_parcel_pass(parcel, &more, sizeof(more));
+        poe_parcel_pass(parcel, &i->bytes, sizeof(i->bytes));
+        poe_parcel_pass(parcel, &done, sizeof(done));
+        if (done || before)
+            pass_message(relay, i, parcel);
+        before = done;
+    }
+    more = false;
+    poe_parcel_pass(parcel, &more, sizeof(more));
+}
+
+static void unpack_receives(poe_relay *relay, stream *s, poe_parcel *parcel)
+{
+    bool more = false, done, before = true;
+    uint64_t bytes;
+    for (poe_parcel_pass(parcel, &more, sizeof(more)); more; poe_parcel_pass(parcel, &more, sizeof(more))) {
+        poe_parcel_pass(parcel, &bytes, sizeof(bytes));
+        poe_parcel_pass(parcel, &done, sizeof(done));
+        item *i = new_receive(relay, s, bytes);
+        if (!i)
+            return;
+        if (done || before)
+            pass_message(relay, i, parcel);
+        before = done;
+        append_receive(s, i);
+        i->op.done = done;
+        if (done)
+            relay->logged += bytes;
+        else
+            start_receive(relay, i);
+    }
+}
+
+static void pass_kept(poe_relay *relay, stream *s, poe_parcel *parcel)
+{
+    bool there = s->kept != NULL;
+    uint64_t bytes = there ? s->kept->bytes : 0;
+    poe_parcel_pass(parcel, &there, sizeof(there));
+    poe_parcel_pass(parcel, &bytes, sizeof(bytes));
+    if (there && parcel->unpacks) {
+        s->kept = new_receive(relay, s, bytes);
+        if (s->kept)
+            s->kept->op.done = true;
+    }
+    if (s->kept)
+        pass_message(relay, s->kept, parcel);
+}
+
+static void pass_stream(poe_relay *relay, stream *s, poe_parcel *parcel)
+{
+    poe_parcel_pass(parcel, &s->met, sizeof(s->met));
+    poe_parcel_pass(parcel, &s->sent, sizeof(s->sent));
+    poe_parcel_pass(parcel, &s->dropped, sizeof(s->dropped));
+    poe_parcel_pass(parcel, &s->needless, sizeof(s->needless));
+    pass_kept(relay, s, parcel);
+    if (parcel->unpacks)
+        unpack_receives(relay, s, parcel);
+    else
+        pack_receives(relay, s, parcel);
+}
+
+void poe_relay_pass(poe_relay *relay, poe_parcel *parcel)
+{
+    collect(relay);
+    for (int i = 0; i < relay->board->size * POE_CHANNELS && relay->status == POE_OK && !parcel->failed; i++) {
+        bool used = relay->streams[i] != NULL;
+        poe_parcel_pass(parcel, &used, sizeof(used));
+        stream *s = used ? stream_of(relay, i / POE_CHANNELS, i % POE_CHANNELS) : NULL;
+        if (s)
+            pass_stream(relay, s, parcel);
     }
 }
 

@@ -34,7 +34,8 @@ void poe_relay_end(poe_relay *relay);
 
 /* Carries on for at most `wait` seconds, or until something happened. POE_PEER_LOST: the transport has lost a peer, or
  * the stage process asks for something else than the one before; POE_FAILED: out of memory; said, and so from then on.
- * Once a snapshot has become valid, drops what it makes needless. */
+ * Once a snapshot has become valid, drops what it makes needless; when the board says that training is over, all that
+ * the stage process has read. */
 poe_status poe_relay_progress(poe_relay *relay, double wait);
 /* progress() also ends when this is readable; -1: none. */
 void poe_relay_watch(poe_relay *relay, int fd);
@@ -44,6 +45,11 @@ void poe_relay_beat(poe_relay *relay, const char *text);
 /* Everything that the stage process has sent is delivered, or on its way for good. */
 bool poe_relay_idle(const poe_relay *relay);
 uint64_t poe_relay_logged(const poe_relay *relay); /* bytes of messages that may be wanted again */
+/* Nothing is being sent, not even a sign of life. */
+bool poe_relay_is_quiet(poe_relay *relay);
+/* What it has of the messages, while there is no stage process and it is quiet. Unpacking: into one that is new, on a
+ * transport that goes on where the other one's stood; poe_relay_begin() says if memory ran out. */
+void poe_relay_pass(poe_relay *relay, poe_parcel *parcel);
 /* Breaks the connection with `peer` as a failing network would; false: the transport cannot. */
 bool poe_relay_cut(poe_relay *relay, int peer);
 

@@ -236,6 +236,9 @@ static const poe_transport_ops fabric_ops = {
 /* --- starting ----------------------------------------------------------------------------------------------------- */
 poe_status poe_fabric_join(fabric *f, int rank, int size, const fabric_name *names, const unsigned char *secret)
 {
+    free(f->names);
+    free(f->peers);
+    free(f->dump);
     f->names = calloc((size_t)size, sizeof(*names));
     f->peers = calloc((size_t)size, sizeof(*f->peers));
     f->dump = malloc(UNIT_BYTES);

@@ -11,6 +11,7 @@
 #ifndef POE_COMM_FABRIC_FABRIC_H
 #define POE_COMM_FABRIC_FABRIC_H
 
+#include "comm/agent/parcel.h"
 #include "comm/transport.h"
 
 typedef struct poe_fabric_settings {
@@ -24,5 +25,21 @@ typedef struct poe_fabric_settings {
 /* Collective over `over` (any transport), which serves to exchange addresses and a random secret, and is not needed
  * afterwards. POE_BAD_INPUT: unknown provider or interface, or no free port; said by one rank, the same at all. */
 poe_status poe_fabric_create(poe_comm *over, const poe_fabric_settings *settings, poe_transport **transport);
+
+/* --- ranks that move (tools/spares.h); the transports are of this kind, without decorators --------------------------- */
+/* The same, but only the ranks of `over` below `members` are the transport's. Each of the others gets one that is good
+ * for poe_fabric_take_rank() and to be destroyed. A place: a rank of `over`. */
+poe_status poe_fabric_create_for(poe_comm *over, const poe_fabric_settings *settings, int members,
+                                 poe_transport **transport);
+/* From now on nothing is exchanged with the peer; what is sent waits. POE_FAILED: out of memory, said. */
+poe_status poe_fabric_hold(poe_transport *transport, int peer);
+/* The peer, held or not, is to be found at `place` from now on. */
+void poe_fabric_release(poe_transport *transport, int peer, int place);
+/* One that has no rank takes one; `places`: (size) of all ranks. POE_FAILED: out of memory, said. */
+poe_status poe_fabric_take_rank(poe_transport *transport, int rank, int size, const int *places);
+/* All that its rank has with its peers, but for the receives that are posted, which are to be posted again, in the same
+ * order and with what has arrived of the first of a channel. Packing: all peers are held, all sends are done. Unpacking:
+ * after poe_fabric_take_rank(). */
+void poe_fabric_pass(poe_transport *transport, poe_parcel *parcel);
 
 #endif

@@ -110,6 +110,8 @@ struct peer {
     bool broken;        /* to be dropped once nobody is looking at it */
     bool ended;         /* it has said goodbye */
     bool failed;
+    bool parked;        /* no connection is to be made until it is released */
+    bool moved;         /* the next connection is not one that broke */
     int damaged;        /* connections lost to damage since a unit last came through */
 
     slot slots[SLOTS];
@@ -156,6 +158,8 @@ struct fabric {
     atomic_bool rung;
     unsigned char secret[POE_SECRET_BYTES];
     fabric_name name, *names; /* own; of all */
+    fabric_name *directory;   /* (n_directory) of those that met, by their ranks there; NULL: nobody will need it */
+    int n_directory;
     peer **peers;             /* (size); NULL: never used */
     line *closed;
     token *tokens;       /* free ones */
@@ -173,7 +177,7 @@ struct fabric {
 /* --- open.c ------------------------------------------------------------------------------------------------------- */
 /* Listens; `alone`: all ranks are on this host. Its `name` is what the others dial. */
 poe_status poe_fabric_listen(const poe_fabric_settings *settings, bool alone, int rank, fabric **f);
-/* The others' names and the secret are copied. */
+/* The others' names and the secret are copied; in place of what it had joined before, without peers. */
 poe_status poe_fabric_join(fabric *f, int rank, int size, const fabric_name *names, const unsigned char *secret);
 void poe_fabric_close(fabric *f); /* NULL is legal */
 /* "192.0.2.1:4711", for people. */
@@ -212,5 +216,7 @@ void poe_stream_settle(peer *p);
 void poe_stream_pump(peer *p);
 /* Everything that was sent has been acknowledged. */
 bool poe_stream_is_idle(const peer *p);
+/* A message that begins before its receive is posted, the channel's last. False: out of memory. */
+bool poe_stream_keep(channel *c, size_t bytes);
 
 #endif

@@ -200,7 +200,7 @@ static int dial(peer *p, double now)
 
 void poe_line_want(peer *p)
 {
-    if (p->state == APART && p->due == HUGE_VAL && !p->ended)
+    if (p->state == APART && p->due == HUGE_VAL && !p->ended && !p->parked)
         p->due = 0;
 }
 
@@ -209,7 +209,7 @@ static void call_again(peer *p, bool was_joined, double now)
 {
     double first = is_lower(p) ? 0.03 : 0.001;
     p->due = HUGE_VAL;
-    if (p->ended || p->failed)
+    if (p->ended || p->failed || p->parked)
         return;
     p->backoff = was_joined ? first : fmin(fmax(2 * p->backoff, first), longest);
     p->due = now + p->backoff;
@@ -365,7 +365,7 @@ static void hear_call(fabric *f, struct fi_info *info, const unsigned char *data
     }
     bool known = greeting.to == f->base.rank && greeting.from < f->base.size && greeting.from != greeting.to;
     peer *p = known ? poe_peer_of(f, greeting.from) : NULL;
-    if (p && !p->failed && !p->ended && is_better(p, &greeting))
+    if (p && !p->failed && !p->ended && !p->parked && is_better(p, &greeting))
         accept_call(p, info, &greeting);
     else
         refuse(f, info);
@@ -378,9 +378,10 @@ static void joined(peer *p, uint64_t received)
     p->state = JOINED;
     p->due = HUGE_VAL;
     p->backoff = p->refused_since = 0;
-    if (p->apart_since > 0 && !is_lower(p))
+    if (p->apart_since > 0 && !is_lower(p) && !p->moved)
         poe_info("the connection to rank %d broke and was made anew after %.3g s", p->rank, now - p->apart_since);
     p->apart_since = 0;
+    p->moved = false;
     poe_stream_joined(p, received);
 }
 

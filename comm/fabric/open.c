@@ -304,6 +304,7 @@ void poe_fabric_close(fabric *f)
     free(f->dump);
     free(f->peers);
     free(f->names);
+    free(f->directory);
     free(f);
 }
 
@@ -316,7 +317,15 @@ static poe_status make_secret(int rank, unsigned char secret[POE_SECRET_BYTES])
     return POE_FAILED;
 }
 
-poe_status poe_fabric_create(poe_comm *over, const poe_fabric_settings *settings, poe_transport **transport)
+/* Who is not of the job yet has joined a job of nobody. */
+static poe_status join(fabric *f, int rank, int members, const fabric_name *names, const unsigned char *secret)
+{
+    bool belongs = rank < members;
+    return poe_fabric_join(f, belongs ? rank : 0, belongs ? members : 0, names, secret);
+}
+
+poe_status poe_fabric_create_for(poe_comm *over, const poe_fabric_settings *settings, int members,
+                                 poe_transport **transport)
 {
     int rank = poe_comm_rank(over), size = poe_comm_size(over);
     unsigned char secret[POE_SECRET_BYTES];
@@ -333,13 +342,20 @@ poe_status poe_fabric_create(poe_comm *over, const poe_fabric_settings *settings
     if (status == POE_OK)
         status = poe_comm_gather(over, &f->name, names, sizeof(*names));
     if (status == POE_OK)
-        status = poe_comm_agree(over, poe_fabric_join(f, rank, size, names, secret));
-    free(names);
+        status = poe_comm_agree(over, join(f, rank, members, names, secret));
     if (status != POE_OK) {
+        free(names);
         poe_fabric_close(f);
         return status;
     }
+    f->directory = names;
+    f->n_directory = size;
     f->base.host_ranks = poe_comm_host_ranks(over);
     *transport = &f->base;
     return POE_OK;
+}
+
+poe_status poe_fabric_create(poe_comm *over, const poe_fabric_settings *settings, poe_transport **transport)
+{
+    return poe_fabric_create_for(over, settings, poe_comm_size(over), transport);
 }

@@ -307,7 +307,7 @@ static void match_kept(peer *p, int number)
     }
 }
 
-static bool keep(channel *c, size_t bytes)
+bool poe_stream_keep(channel *c, size_t bytes)
 {
     message *m = malloc(sizeof(*m) + bytes); /* the window bounds what of it is ever touched */
     if (!m)
@@ -330,7 +330,7 @@ static bool begin_message(peer *p, const poe_unit *unit)
     c->total = unit->total;
     c->got = 0;
     if (c->kept || !c->receives.first)
-        return keep(c, c->total);
+        return poe_stream_keep(c, c->total);
     if (c->receives.first->bytes != c->total) {
         refuse_length(p, unit->channel, take(&c->receives), c->total);
         c->dropped = true;

@@ -133,7 +133,7 @@ def measure_poe(args, flags, folder):
             rank = i % 4
             killed = time.monotonic()
             os.kill(named(run.process.pid, f"poe-stage {rank}"), signal.SIGKILL)
-            noticed, _ = run.find(f"rank {rank}: its stage process was ended", killed, 60)
+            noticed, _ = run.find(f"rank {rank}: warning: its stage process was ended", killed, 60)
             _, line = run.find(f"rank {rank}: back after", killed, 300)
             back = BACK.search(line)
             if not back:
@@ -164,7 +164,7 @@ def measure_1f1b(args, flags, folder):
         run.process.wait()
         ended = time.monotonic()
         run.end()
-        again = Run([args.program, "--ranks", 4, "--resume", out, "--num-iterations", 100000])
+        again = Run([args.program, "--ranks", 4, "--agents", "off", "--resume", out, "--num-iterations", 100000])
         wait_for(lambda: steps_done(out) < done, "the second start")  # metrics are cut back to the checkpoint
         started = time.monotonic()
         wait_for(lambda: steps_done(out) >= done, "what was lost")
@@ -198,7 +198,8 @@ def draw(sizes, path):
             f'{median(s["1f1b"], "whole") - median(s["1f1b"], "ended") - median(s["1f1b"], "started")}' for name, s in sizes.items()]
     script = ["set terminal pngcairo size 1100,500 font 'sans,11'", f"set output '{path}'", "set style data histograms",
               "set style histogram rowstacked", "set style fill solid 0.9 border -1", "set boxwidth 0.7", "set grid ytics",
-              "set ylabel 'seconds after the kill'", "set key top left", "set multiplot layout 1,2", "$data << EOD", *rows, "EOD",
+              "set ylabel 'seconds after the kill'", "set key top left", "set offsets 0, 0, graph 0.25, 0", "set yrange [0:*]",
+              "set multiplot layout 1,2 title 'A stage process is killed (mind the scales)'", "$data << EOD", *rows, "EOD",
               "set title 'PoE: one stage process is started again'",
               "plot $data using 2:xtic(1) title 'until back at its snapshot' lc rgb '#1e8449', '' using 3 title 'repeating' lc rgb '#a9dfbf'",
               "set title '1f1b: the job is started again'",

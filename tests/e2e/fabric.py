@@ -91,4 +91,14 @@ def killed(folder):
         poe.check(result.code not in (0, None), result)
 
 
-poe.main(same_numbers, golden, cut_under_traffic, stopped, killed)
+def late_link(folder):
+    """Ranks that first have to do with each other at the export, longer after the start than the deadline: neither was silent."""
+    data = poe.write_tokens(f'{folder}/tokens.bin')
+    args = poe.flags(data=data, out=f'{folder}/out', stages='1,1,1,1', num_iterations=50, net='*:delay=20ms', deadline=3,
+                     export=f'{folder}/final.safetensors')
+    result = poe.run(args, poe.RANKS, 4)
+    poe.check_equal(result.code, 0, result)
+    poe.check(sum(s['dt'] for s in poe.all_metrics(f'{folder}/out') if 'dt' in s) > 3, 'the run is shorter than its deadline')
+
+
+poe.main(same_numbers, golden, cut_under_traffic, stopped, killed, late_link)
