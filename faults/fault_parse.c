@@ -6,10 +6,9 @@
 #include <stdarg.h>
 #include <stdlib.h>
 #include <string.h>
-#include <unistd.h>
 
 #include "faults/fault_impl.h"
-#include "src/files.h"
+#include "faults/rules.h"
 #include "src/log.h"
 
 enum { SHOWN = 80, LONGEST = 3600 };
@@ -351,8 +350,20 @@ static poe_status read_kind(const reader *r, const char *name, poe_fault_kind *k
     return *kind < POE_FAULT_KINDS ? POE_OK : refuse(r, "there is no fault \"%.60s\"; allowed are %s", name, names);
 }
 
-static poe_status read_rule(reader *r, char *text)
+/* Behind what a log puts in front of a rule: "poe-pipe: rank 2: fault: kill rank=2 ...". */
+static char *skip_prefix(char *text)
 {
+    static const char mark[] = "fault: ";
+    if (strncmp(text, mark, strlen(mark)) == 0)
+        return text + strlen(mark);
+    char *found = strstr(text, ": fault: ");
+    return found ? found + 2 + strlen(mark) : text;
+}
+
+static poe_status read_rule(void *context, char *text)
+{
+    reader *r = context;
+    text = skip_prefix(text);
     char copy[128]; /* for messages: reading cuts the text up */
     snprintf(copy, sizeof(copy), "%s", text);
     r->rule = copy;
@@ -381,70 +392,17 @@ static poe_status read_rule(reader *r, char *text)
     return status;
 }
 
-/* Behind what a log puts in front of a rule: "poe-pipe: rank 2: fault: kill rank=2 ...". */
-static char *skip_prefix(char *text)
-{
-    static const char mark[] = "fault: ";
-    text += strspn(text, " \t\r");
-    if (strncmp(text, mark, strlen(mark)) == 0)
-        return text + strlen(mark);
-    char *found = strstr(text, ": fault: ");
-    return found ? found + 2 + strlen(mark) : text;
-}
-
-static poe_status read_rules(reader *r, char *text)
-{
-    poe_status status = POE_OK;
-    for (char *lines = text, *line; status == POE_OK && (line = strsep(&lines, "\n"));) {
-        r->line++;
-        if (r->file)
-            line[strcspn(line, "#")] = '\0';
-        for (char *rule; status == POE_OK && (rule = strsep(&line, ";"));) {
-            rule = skip_prefix(rule);
-            if (rule[strspn(rule, " \t\r")])
-                status = read_rule(r, rule);
-        }
-    }
-    return status;
-}
-
-/* The rules as text of their own. */
-static poe_status get_text(const char *value, bool *is_file, char **text)
-{
-    size_t size;
-    *is_file = access(value, F_OK) == 0;
-    if (*is_file) {
-        poe_status status = poe_read_file(value, "--fault", text, &size);
-        if (status == POE_OK && memchr(*text, '\0', size)) {
-            poe_error("--fault: %s is no file of rules: it contains a zero byte", value);
-            free(*text);
-            return POE_BAD_INPUT;
-        }
-        return status;
-    }
-    if (!strchr(value, '=')) {
-        poe_error("--fault: there is no file %.200s, and no rule in it, as in 'kill rank=2 step=20'", value);
-        return POE_BAD_INPUT;
-    }
-    *text = strdup(value);
-    if (!*text)
-        poe_error("out of memory for --fault");
-    return *text ? POE_OK : POE_FAILED;
-}
-
 static poe_status read_text(const char *value, poe_fault_plan *plan)
 {
-    char *text;
-    bool is_file;
-    if (!value || strcmp(value, "none") == 0)
-        return POE_OK;
-    poe_status status = get_text(value, &is_file, &text);
-    if (status != POE_OK)
-        return status;
-    reader r = {.plan = plan, .file = is_file ? value : NULL};
-    status = read_rules(&r, text);
-    free(text);
-    return status;
+    reader r = {.plan = plan};
+    poe_rules rules = {.flag = "--fault",
+                       .mark = '=',
+                       .example = "'kill rank=2 step=20'",
+                       .file = &r.file,
+                       .line = &r.line,
+                       .read = read_rule,
+                       .context = &r};
+    return poe_rules_read(&rules, value);
 }
 
 /* --mtbf is a random rule of its own. */

@@ -9,11 +9,10 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <unistd.h>
 
 #include "faults/net.h"
 #include "faults/net_presets.h"
-#include "src/files.h"
+#include "faults/rules.h"
 #include "src/log.h"
 
 enum { MAX_CHANGES = 24, SHOWN = 80 };
@@ -53,15 +52,6 @@ static poe_status refuse(const reader *r, const char *format, ...)
         snprintf(place, sizeof(place), "%.200s, line %d, ", r->file, r->line);
     poe_error("--net %s'%.*s%s': %s", place, SHOWN, r->rule, strlen(r->rule) > SHOWN ? "..." : "", text);
     return POE_BAD_INPUT;
-}
-
-static char *trim(char *text)
-{
-    while (isspace((unsigned char)*text))
-        text++;
-    for (size_t n = strlen(text); n > 0 && isspace((unsigned char)text[n - 1]); n--)
-        text[n - 1] = '\0';
-    return text;
 }
 
 /* --- values --------------------------------------------------------------------------------------------------------- */
@@ -239,7 +229,7 @@ static poe_status read_set(reader *r, char *text, bool *set)
         return POE_OK;
     }
     for (char *rest = text, *item; (item = strsep(&rest, ","));) {
-        item = trim(item);
+        item = poe_rules_trim(item);
         if (!read_count(item, &rank))
             return refuse(r, "found \"%.60s\" for a rank; links are named as in 0-1 (both ways), 0>1 (one way), 0,1-2,3 "
                           "or *", item);
@@ -261,8 +251,8 @@ static poe_status read_links(reader *r, char *text)
                       text);
     if (between)
         *between++ = '\0';
-    poe_status status = read_set(r, trim(text), r->senders);
-    return status == POE_OK ? read_set(r, all ? every : trim(between), r->receivers) : status;
+    poe_status status = read_set(r, poe_rules_trim(text), r->senders);
+    return status == POE_OK ? read_set(r, all ? every : poe_rules_trim(between), r->receivers) : status;
 }
 
 static bool concerns(const reader *r, int from, int to)
@@ -313,8 +303,9 @@ static poe_status apply(reader *r)
 }
 
 /* --- rules ---------------------------------------------------------------------------------------------------------- */
-static poe_status read_rule(reader *r, char *text)
+static poe_status read_rule(void *context, char *text)
 {
+    reader *r = context;
     static const char seed[] = "seed=";
     char copy[128]; /* for messages: reading cuts the text up */
     snprintf(copy, sizeof(copy), "%s", text);
@@ -327,70 +318,28 @@ static poe_status read_rule(reader *r, char *text)
     if (!colon)
         return refuse(r, "found no colon; a rule is LINKS:KEY=VALUE,..., as in 0-1:rtt=80ms,bw=1Gbit");
     *colon = '\0';
-    poe_status status = read_links(r, trim(text));
+    poe_status status = read_links(r, poe_rules_trim(text));
     if (status == POE_OK)
         status = read_changes(r, colon + 1);
     return status == POE_OK ? apply(r) : status;
 }
 
-static poe_status read_rules(reader *r, char *text)
-{
-    poe_status status = POE_OK;
-    for (char *lines = text, *line; status == POE_OK && (line = strsep(&lines, "\n"));) {
-        r->line++;
-        if (r->file)
-            line[strcspn(line, "#")] = '\0';
-        for (char *rule; status == POE_OK && (rule = strsep(&line, ";"));) {
-            rule = trim(rule);
-            if (*rule)
-                status = read_rule(r, rule);
-        }
-    }
-    return status;
-}
-
-/* The rules as text of their own. */
-static poe_status get_text(const char *value, bool *is_file, char **text)
-{
-    size_t size;
-    *is_file = access(value, F_OK) == 0;
-    if (*is_file) {
-        poe_status status = poe_read_file(value, "--net", text, &size);
-        if (status == POE_OK && memchr(*text, '\0', size)) {
-            poe_error("--net: %s is no file of rules: it contains a zero byte", value);
-            free(*text);
-            return POE_BAD_INPUT;
-        }
-        return status;
-    }
-    if (!strchr(value, ':')) {
-        poe_error("--net: there is no file %.200s, and no rule in it, as in 0-1:rtt=80ms,bw=1Gbit", value);
-        return POE_BAD_INPUT;
-    }
-    *text = strdup(value);
-    if (!*text)
-        poe_error("out of memory for --net");
-    return *text ? POE_OK : POE_FAILED;
-}
-
 poe_status poe_net_read(const char *value, int size, poe_net *net)
 {
-    char *text;
-    bool is_file;
     *net = (poe_net){.size = size, .links = calloc((size_t)size * (size_t)size, sizeof(*net->links))};
     if (!net->links) {
         poe_error("out of memory for the network of %d ranks", size);
         return POE_FAILED;
     }
-    if (!value || strcmp(value, "none") == 0)
-        return POE_OK;
-    poe_status status = get_text(value, &is_file, &text);
-    if (status != POE_OK)
-        return status;
-    reader r = {.net = net, .file = is_file ? value : NULL};
-    status = read_rules(&r, text);
-    free(text);
-    return status;
+    reader r = {.net = net};
+    poe_rules rules = {.flag = "--net",
+                       .mark = ':',
+                       .example = "0-1:rtt=80ms,bw=1Gbit",
+                       .file = &r.file,
+                       .line = &r.line,
+                       .read = read_rule,
+                       .context = &r};
+    return poe_rules_read(&rules, value);
 }
 
 void poe_net_free(poe_net *net)

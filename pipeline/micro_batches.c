@@ -14,7 +14,7 @@ static void enter(poe_micro_batches *m, poe_account account, const poe_batch *ba
     poe_account_enter(&m->run->accounts, account, batch->step, batch->micro);
 }
 
-/* What a stage that is absent does not do. */
+/* Work, which a stage does not do while it is absent. */
 static void enter_work(poe_micro_batches *m, poe_account account, const poe_batch *batch)
 {
     enter(m, m->run->compute.attendance == POE_ABSENT ? POE_ACCOUNT_OTHER : account, batch);
@@ -121,7 +121,8 @@ static poe_status forward(poe_micro_batches *m, poe_batch *batch, int slot)
     poe_attendance attendance = poe_recovery_reach(r, batch->step, batch->micro);
     enter(m, POE_ACCOUNT_DATA, batch);
     poe_status status = r->streams.source < 0 ? read_batch(m, batch, slot) : receive_batch(m, batch);
-    poe_outage_attend(r, batch, attendance);
+    if (status == POE_OK)
+        poe_outage_attend(r, batch, attendance);
     enter(m, POE_ACCOUNT_OTHER, batch);
     if (status == POE_OK)
         status = poe_step_reports_pass(m->reports, false);

@@ -85,7 +85,7 @@ static bool decide(poe_run *r, int64_t step)
 void poe_outage_begin(poe_run *r, int64_t from)
 {
     poe_board *board = poe_comm_board(r->comm);
-    r->outage = (poe_outage){.allowed = board && r->index > 0 && strcmp(r->options->outage, "continue") == 0};
+    r->outage = (poe_outage){.allowed = r->index > 0 && strcmp(r->options->outage, "continue") == 0};
     if (!r->outage.allowed || !atomic_load(&board->outage))
         return;
     int64_t left = atomic_load(&board->left), end = atomic_load(&board->attended);

@@ -10,9 +10,9 @@
 
 #include "pipeline/run.h"
 
-/* In a process that begins training, or is back at a snapshot of `from` updates: in an outage the predecessors' steps
- * since then count as missed, so that nothing needs to be computed for them. The last stage has told the others totals
- * of the shared gradients by what it had computed, and repeats as much. */
+/* In a process with an agent that begins training, or is back at a snapshot of `from` updates: in an outage the
+ * predecessors' steps since then count as missed, so that nothing needs to be computed for them. The last stage has
+ * told the others totals of the shared gradients by what it had computed, and repeats as much. */
 void poe_outage_begin(poe_run *run, int64_t from);
 
 /* A micro-batch of training has come, and nothing of it has been passed on: `attendance` as far as others know,

@@ -541,7 +541,7 @@ static void check_full(void)
     unsigned char(*in)[8] = calloc(MANY, sizeof(*in)), out[8];
     for (uint64_t i = 0; i < MANY; i++) {
         s.stage->ops->progress(s.stage, 0);
-        CHECK_INT(s.stage->ops->settled(s.stage), i <= POE_BOARD_COMMANDS);
+        CHECK_INT(s.stage->ops->settled(s.stage), i < POE_BOARD_COMMANDS);
         fill(out, 8, 1, i);
         uint64_t *copy = malloc(8); /* freed where it is taken */
         memcpy(copy, out, 8);
@@ -567,6 +567,29 @@ static void check_full(void)
     close_scene(&s);
 }
 
+/* With one tag left, a header waits for its message to have one too. */
+static void check_together(void)
+{
+    enum { MANY = POE_BOARD_COMMANDS - 1 };
+    static unsigned char in[MANY][8], header[8], body[8];
+    static poe_operation got[MANY];
+    poe_operation sent[2];
+    scene s = open_scene(0);
+    for (int i = 0; i < MANY; i++)
+        post_receive(s.stage, 16, in[i], 8, &got[i]);
+    post_send(s.stage, 0, header, 8, &sent[0]);
+    post_send(s.stage, 16, body, 8, &sent[1]);
+    settle(&s);
+    CHECK(atomic_load(&s.board->sent[1][0]) == 0 && atomic_load(&s.board->sent[1][16]) == 0);
+    poe_operation more;
+    fill(header, 8, 16, 0);
+    post_send(s.other, 16, header, 8, &more);
+    settle(&s);
+    CHECK(atomic_load(&s.board->sent[1][0]) == 1 && atomic_load(&s.board->sent[1][16]) == 1);
+    CHECK(got[0].done && is_filled(in[0], 8, 16, 0));
+    close_scene(&s);
+}
+
 static void check_cancel(void)
 {
     scene s = open_scene(0);
@@ -581,7 +604,7 @@ static void check_cancel(void)
     CHECK_STRING((char *)in, "before");
     pass(&s, true, 4, 1, 8);
     for (int i = 0; i < POE_BOARD_COMMANDS + 2; i++)
-        post_send(s.stage, 5, out, 8, &many[i]);
+        post_send(s.stage, 21, out, 8, &many[i]);
     CHECK(!s.stage->ops->settled(s.stage));
     for (int i = POE_BOARD_COMMANDS + 1; i >= 0; i--)
         s.stage->ops->cancel(s.stage, &many[i]);
@@ -589,11 +612,11 @@ static void check_cancel(void)
     s.stage->ops->progress(s.stage, 0);
     CHECK(s.stage->ops->settled(s.stage)); /* those without a tag are gone, the others are the agent's */
     for (int i = 0; i < POE_BOARD_COMMANDS; i++) {
-        post_receive(s.other, 5, in, 8, &got);
+        post_receive(s.other, 21, in, 8, &got);
         wait_for(&s, &got);
     }
     settle(&s);
-    pass(&s, false, 5, 2, 8);
+    pass(&s, false, 21, 2, 8);
     free(many);
     close_scene(&s);
 }
@@ -684,7 +707,7 @@ static void check_refused(void)
 }
 
 /* --- processes that die ------------------------------------------------------------------------------------------- */
-enum { WORLDS = 2, MESSAGES = 300, STREAMS = 4, POSTED = 4, WINDOW = 6, KILLS = 12, LONGEST = 5 << 19 };
+enum { WORLDS = 3, MESSAGES = 300, STREAMS = 4, POSTED = 4, WINDOW = 6, KILLS = 12, LONGEST = 5 << 19 };
 
 /* The first stream is held back by credits. */
 static const int numbers[STREAMS] = {0, 16, 3, POE_CHANNEL_COLLECTIVE};
@@ -915,8 +938,73 @@ typedef struct agent {
     int board;
     poe_transport *below;
     int kills, survived; /* survived: with a snapshot */
+    bool moves, follows; /* the rank goes elsewhere from time to time; the other one does */
+    int moved;
     bool status_wrong;
 } agent;
+
+/* Where rank 0 of the last world goes: the first two are where both begin. The other agent is asked to let go, has, and is
+ * asked to take hold of who is at the place. */
+enum { MOVES = KILLS / 3 };
+enum { NOTHING, LET_GO, HAS_LET_GO, TAKE_HOLD };
+static fabric *places[2 + MOVES];
+static int place_of_rank_0;
+static atomic_int asked;
+
+static void ask_other(const agent *a, int what)
+{
+    atomic_store(&asked, what);
+    poe_ring_wake(&boards[a->board ^ 1]->to_agent);
+}
+
+static void follow(const agent *a)
+{
+    int what = atomic_load(&asked);
+    if (what == LET_GO) {
+        CHECK_INT(poe_fabric_hold(a->below, 0), POE_OK);
+        atomic_store(&asked, HAS_LET_GO);
+    } else if (what == TAKE_HOLD) {
+        poe_fabric_release(a->below, 0, place_of_rank_0);
+        atomic_store(&asked, NOTHING);
+    }
+}
+
+static void let_go(const agent *a, poe_relay *relay)
+{
+    double until = poe_now() + patience;
+    while (!poe_relay_is_quiet(relay) && poe_now() < until)
+        CHECK_INT(poe_relay_progress(relay, 0.01), POE_OK);
+    CHECK(poe_relay_is_quiet(relay));
+    while (atomic_load(&asked) != NOTHING && poe_now() < until)
+        usleep(100);
+    ask_other(a, LET_GO);
+    while (atomic_load(&asked) != HAS_LET_GO && poe_now() < until)
+        usleep(100);
+    CHECK_INT(poe_fabric_hold(a->below, 1), POE_OK);
+}
+
+/* The board stays, as in another process with a copy of it. */
+static poe_relay *move(agent *a, poe_relay *relay)
+{
+    poe_parcel parcel = {0};
+    poe_relay *next = NULL;
+    let_go(a, relay);
+    poe_fabric_pass(a->below, &parcel);
+    poe_relay_pass(relay, &parcel);
+    CHECK(!parcel.failed);
+    poe_relay_destroy(relay);
+    parcel.unpacks = true;
+    place_of_rank_0 = 2 + a->moved++;
+    a->below = &places[place_of_rank_0]->base;
+    CHECK_INT(poe_fabric_take_rank(a->below, 0, 2, (int[]){place_of_rank_0, 1}), POE_OK);
+    poe_fabric_pass(a->below, &parcel);
+    CHECK_INT(poe_relay_create(boards[a->board], a->below, &(poe_relay_settings){.log_limit = 1 << 20}, &next), POE_OK);
+    poe_relay_pass(next, &parcel);
+    CHECK(!parcel.failed && parcel.read == parcel.bytes);
+    poe_parcel_free(&parcel);
+    ask_other(a, TAKE_HOLD);
+    return next;
+}
 
 static bool all_ended(int board)
 {
@@ -949,7 +1037,11 @@ static void *run_agent(void *arg)
             running = atomic_load(&board->ended);
             a->kills += !running;
             a->survived += !running && atomic_load(&board->valid) >= 0;
+            if (a->moves && !running && a->kills % 3 == 0)
+                relay = move(a, relay);
         }
+        if (a->follows)
+            follow(a);
         if (!running) {
             a->status_wrong = poe_relay_begin(relay) != POE_OK;
             ask_keeper(START, a->board);
@@ -982,31 +1074,53 @@ static void meet_over_fabric(poe_transport *transports[2])
     }
 }
 
+static void meet_with_places(poe_transport *transports[2])
+{
+    static const unsigned char secret[POE_SECRET_BYTES] = "a secret of thirty-two bytes....";
+    fabric_name names[2 + MOVES];
+    for (int i = 0; i < 2 + MOVES; i++) {
+        CHECK_INT(poe_fabric_listen(&(poe_fabric_settings){0}, true, i, &places[i]), POE_OK);
+        names[i] = places[i]->name;
+    }
+    for (int i = 0; i < 2 + MOVES; i++) {
+        CHECK_INT(poe_fabric_join(places[i], i < 2 ? i : 0, i < 2 ? 2 : 0, names, secret), POE_OK);
+        places[i]->directory = calloc(2 + MOVES, sizeof(*names));
+        memcpy(places[i]->directory, names, sizeof(names));
+        places[i]->n_directory = 2 + MOVES;
+    }
+    transports[0] = &places[0]->base;
+    transports[1] = &places[1]->base;
+}
+
 static void check_kills(int world)
 {
+    static const char *const worlds[] = {"inproc", "fabric", "fabric, moving"};
     poe_transport *transports[2];
     agent agents[2];
     pthread_t threads[2];
     double start = poe_now();
     if (world == 0)
         CHECK_INT(poe_inproc_create(2, transports), POE_OK);
-    else
+    else if (world == 1)
         meet_over_fabric(transports);
+    else
+        meet_with_places(transports);
     for (int r = 0; r < 2; r++) {
-        agents[r] = (agent){.board = 2 * world + r, .below = transports[r]};
+        agents[r] = (agent){.board = 2 * world + r, .below = transports[r], .moves = world == 2 && r == 0, .follows = world == 2 && r == 1};
         pthread_create(&threads[r], NULL, run_agent, &agents[r]);
     }
     for (int r = 0; r < 2; r++) {
         pthread_join(threads[r], NULL);
         poe_board *board = boards[2 * world + r];
-        printf("%s, rank %d: %d stage processes, %d killed, %d of them after a snapshot\n", world ? "fabric" : "inproc",
-               r, (int)atomic_load(&board->incarnation), agents[r].kills, agents[r].survived);
+        printf("%s, rank %d: %d stage processes, %d killed, %d of them after a snapshot\n", worlds[world], r,
+               (int)atomic_load(&board->incarnation), agents[r].kills, agents[r].survived);
         CHECK(!agents[r].status_wrong);
         CHECK_INT(atomic_load(&board->outcome), POE_OK);
         CHECK(agents[r].survived > 0);
         CHECK_INT(atomic_load(&board->incarnation), agents[r].kills + 1);
     }
-    printf("%s: %.2f s\n", world ? "fabric" : "inproc", poe_now() - start);
+    CHECK_INT(agents[0].moved, world == 2 ? MOVES : 0);
+    printf("%s: %.2f s\n", worlds[world], poe_now() - start);
 }
 
 int main(void)
@@ -1028,6 +1142,7 @@ int main(void)
     check_trimming();
     check_over();
     check_full();
+    check_together();
     check_cancel();
     check_outboxes();
     check_sleep();

@@ -36,7 +36,7 @@ poe_status poe_board_create(poe_board **board)
     if (b == MAP_FAILED) {
         poe_error(
             "the memory that a rank's processes share cannot be mapped (%zu GiB of address space, of which little "
-            "is used): %s",
+            "is used): %s; --agents off does without",
             whole_bytes() >> 30, strerror(errno));
         return POE_FAILED;
     }

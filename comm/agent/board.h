@@ -22,7 +22,7 @@ enum {
     POE_BOARD_FAULTS = 64,
     POE_BOARD_TEXT = 4096,
     POE_BOARD_LEFT_OUT = 64,
-    POE_BOARD_STEPS = 1 << 20, /* that a stage process may ever go back, at most */
+    POE_BOARD_STEPS = 1 << 20, /* back to the snapshot, at most: no log has room for the messages of so many */
     POE_BOARD_AGAIN = 75, /* exit status of a stage process that asks to be started again, and has said why */
 };
 

@@ -12,7 +12,7 @@ typedef struct poe_parcel {
     size_t bytes, room;  /* filled, allocated */
     size_t read;         /* taken out so far */
     bool unpacks;        /* or packs */
-    bool failed;         /* out of memory, or more was taken out than is in it: what was passed since is not to be used */
+    bool failed; /* out of memory, or more was taken out than is in it: what was passed since is not to be used */
 } poe_parcel;
 
 /* Into the parcel, or out of it: from then on `memory` is zero when the parcel has failed. */

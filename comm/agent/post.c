@@ -14,8 +14,8 @@
 
 enum { HEADS = 0, DATA = 1 }; /* channels */
 
-static const double nap = 60;       /* between looks when nothing happens */
-static const double farewell = 2;   /* for letters that are not sent off when the post closes */
+static const double nap = 60;     /* between looks when nothing happens */
+static const double farewell = 2; /* for letters that are not sent off when the post closes */
 
 /* As it travels, between processes of one build. */
 typedef struct head {
@@ -49,7 +49,7 @@ struct poe_post {
     int rank, size;
     poe_log *log;
     pthread_t thread;
-    slit *slits;        /* (size) the thread's, as is: */
+    slit *slits; /* (size) the thread's, as is: */
     envelopes under_way;
     pthread_mutex_t lock; /* guards: */
     pthread_cond_t arrived;

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT
- * Letters between agents, which have a transport of their own for them and a thread that sleeps on it: so an agent hears
- * of what concerns its rank while the rank's own transport is held, and where it has no rank at all. Letters from one
- * agent to another arrive in order. */
+ * Letters between agents, which have a transport of their own for them and a thread that sleeps on it: so an agent
+ * hears of what concerns its rank while the rank's own transport is held, and where it has no rank at all. Letters from
+ * one agent to another arrive in order. */
 #ifndef POE_COMM_AGENT_POST_H
 #define POE_COMM_AGENT_POST_H
 
@@ -11,8 +11,8 @@
 typedef struct poe_post poe_post;
 
 typedef struct poe_letter {
-    int from;      /* the post's */
-    int kind;      /* this and the next three: whatever sender and receiver agree on */
+    int from; /* the post's */
+    int kind; /* this and the next three: whatever sender and receiver agree on */
     int rank, place;
     double seconds;
     unsigned char *data; /* malloc()ed, owned by who has the letter; NULL: none */

@@ -54,11 +54,18 @@ static void make_spare(proxy *p, request *r)
 }
 
 /* --- requests ----------------------------------------------------------------------------------------------------- */
+/* A header that is sent has its message's tag beside its own. */
+static int tags_for(const poe_board_command *command)
+{
+    bool header = command->channel < POE_CHANNEL_PAYLOAD || command->channel == POE_CHANNEL_COLLECTIVE;
+    return command->sends && header ? 2 : 1;
+}
+
 /* False: not now. */
 static bool hand_over(proxy *p, request *r)
 {
     poe_board_command *command = &r->command;
-    if (p->n_free == 0 || (command->sends && !poe_space_take(&p->outbox, command->bytes, &command->offset)))
+    if (p->n_free < tags_for(command) || (command->sends && !poe_space_take(&p->outbox, command->bytes, &command->offset)))
         return false;
     if (command->sends && command->bytes)
         memcpy(p->outbox.area + command->offset, r->data, command->bytes);

@@ -8,10 +8,11 @@
 Four ranks under mpiexec whose computing is emulated (--emulate-compute: they sleep), so that many runs fit on a small machine;
 all else is real: processes, SIGKILLs, messages, snapshots and checkpoints of the default run's size (8.65 M parameters, 74 MiB).
 At mean times between failures of 10 min, 1 min and 20 s, side by side in the same stretch of time: PoE whose agents replay, PoE
-whose agents skip, 1f1b whose job this script starts again from its last checkpoint, and both without failures or precautions.
+whose agents skip, 1f1b whose job this script starts again from its last checkpoint, and both without failures, with and without
+what they do against them.
 
 Duration: about 28 minutes on two cores, most of it asleep; finished points are kept, and a second call goes on. --quick: about
-a minute and a half, at 20 s only. Writes into --out (default runs/goodput): goodput.md (the table, also on standard output),
+two minutes, at 20 s only. Writes into --out (default runs/goodput): goodput.md (the table, also on standard output),
 goodput.json, goodput.png.
 
 What to expect: PoE at least 0.99 at a failure every 10 minutes.
@@ -39,7 +40,8 @@ BP = ["--objective", "bp", "--backout", "off", "--schedule", "1f1b", "--agents",
 FOREVER = ["--num-iterations", 1000000]
 HOST_LOSS = ["--save-every", 300]  # PoE's own checkpoints, for what snapshots do not survive
 METHODS = ("PoE, replay", "PoE, skip", "1f1b, checkpoints")
-BASES = {"PoE, replay": "PoE, undisturbed", "PoE, skip": "PoE, undisturbed", "1f1b, checkpoints": "1f1b, undisturbed"}
+BARE = {"PoE, replay": "PoE, bare", "PoE, skip": "PoE, bare", "1f1b, checkpoints": "1f1b, bare"}  # without precautions
+CAREFUL = {"PoE, replay": "PoE, careful", "PoE, skip": "PoE, careful", "1f1b, checkpoints": "1f1b, careful"}  # with them
 PUBLISHED = "Oobleck 0.955, Varuna 0.544, Bamboo 0.150"
 FORMS = {"full": {600: 1500, 60: 900, 20: 600}, "quick": {20: 60}}  # mean time between failures: seconds of the stretch
 COST = {"full": 60, "quick": 12}  # seconds in which a precaution's cost is measured
@@ -204,33 +206,36 @@ def together(options, runs, seconds):
 
 # --- points -----------------------------------------------------------------------------------------------------------
 
-def undisturbed():
-    return {"PoE, undisturbed": ([*COMPUTE, "--agents", "off"], []), "1f1b, undisturbed": ([*COMPUTE, *BP], [])}
+def bare():
+    return {"PoE, bare": ([*COMPUTE, "--agents", "off"], []), "1f1b, bare": ([*COMPUTE, *BP], [])}
 
 
 def measure_cost(options, point):
-    """Seconds that a snapshot and a checkpoint of the job cost it, from runs with one in every step and every third."""
-    runs = {**undisturbed(), "snapshots": ([*COMPUTE, "--snapshot-every", 1], []),
+    """Seconds that a snapshot and a checkpoint of the job cost it, from runs with one in every step and every third; beside the
+    same runs without."""
+    runs = {**bare(), "agents": ([*COMPUTE, "--snapshot-every", 100000], []), "snapshots": ([*COMPUTE, "--snapshot-every", 1], []),
             "saves": ([*COMPUTE, *BP, "--save-every", 3, "--keep", 2], [])}
     step = {name: r["pace"] for name, r in together(options, runs, point["seconds"]).items()}
-    result = dict(poe_step=step["PoE, undisturbed"], bp_step=step["1f1b, undisturbed"],
-                  snapshot=max(0.01, step["snapshots"] - step["PoE, undisturbed"]),
-                  checkpoint=max(0.05, 3 * (step["saves"] - step["1f1b, undisturbed"])))
-    result["summary"] = ", ".join(f"{k} {1e3 * v:.0f} ms" for k, v in result.items())
+    result = dict(poe_step=step["agents"], bp_step=step["1f1b, bare"], agents=step["agents"] / step["PoE, bare"] - 1,
+                  snapshot=max(0.01, step["snapshots"] - step["agents"]),
+                  checkpoint=max(0.05, 3 * (step["saves"] - step["1f1b, bare"])))
+    result["summary"] = ", ".join(f"{k} {v:.3f}" for k, v in result.items())
     return result
+
+
+def shares(runs, bases):
+    return {m: runs[m]["steps"] / runs[bases[m]]["steps"] for m in METHODS}
 
 
 def measure_mtbf(options, p):
     seed, failures = drawn(p["mtbf"], p["seconds"])
     poe = [*COMPUTE, "--snapshot-every", p["snapshot_every"], *HOST_LOSS, "--keep", 2]
-    runs = {**undisturbed(), "PoE, replay": (poe, failures), "PoE, skip": ([*poe, "--recover", "skip"], failures),
-            "1f1b, checkpoints": ([*COMPUTE, *BP, "--save-every", p["save_every"], "--keep", 2], failures)}
-    r = together(options, runs, p["seconds"])
-    result = dict(runs=r, seed=seed, failures=failures)
-    result["share"] = {m: r[m]["steps"] / r[BASES[m]]["steps"] for m in METHODS}
-    result["lost"] = {m: (1 - result["share"][m]) * p["seconds"] / max(1, r[m]["killed"]) for m in METHODS}
-    result["load"] = os.getloadavg()[2]
-    result["summary"] = ", ".join(f"{m} {s:.3f}" for m, s in result["share"].items())
+    bp = [*COMPUTE, *BP, "--save-every", p["save_every"], "--keep", 2]
+    r = together(options, {**bare(), "PoE, careful": (poe, []), "1f1b, careful": (bp, []), "PoE, replay": (poe, failures),
+                           "PoE, skip": ([*poe, "--recover", "skip"], failures), "1f1b, checkpoints": (bp, failures)}, p["seconds"])
+    result = dict(runs=r, seed=seed, failures=failures, share=shares(r, BARE), careful=shares(r, CAREFUL), load=os.getloadavg()[2])
+    result["lost"] = {m: (1 - result["careful"][m]) * p["seconds"] / max(1, r[m]["killed"]) for m in METHODS}
+    result["summary"] = ", ".join(f"{m} {s:.3f} ({result['careful'][m]:.3f})" for m, s in result["share"].items())
     return result
 
 
@@ -247,22 +252,25 @@ def name_of(mtbf):
 
 
 def table(points, wanted):
-    lines = ["| mean time between failures | failures in | " + " | ".join(METHODS) + " | seconds lost per failure | snapshots, checkpoints every | "
-             "steps whose updates one stage skipped | published |", "|---" * (len(METHODS) + 6) + "|"]
+    lines = ["| mean time between failures | failures in | " + " | ".join(METHODS) + " | seconds lost per failure | "
+             "snapshots, checkpoints every | steps whose updates one stage skipped | published |", "|---" * (len(METHODS) + 6) + "|"]
     for p in wanted:
         r = points[p["name"]]
         lost = " / ".join(f"{r['lost'][m]:.1f}" for m in METHODS)
         lines.append(f"| {name_of(p['mtbf'])} | {len(r['failures'])} in {p['seconds']} s (seed {r['seed']}) | " +
-                     " | ".join(f"{r['share'][m]:.3f}" for m in METHODS) + f" | {lost} | {p['snapshot_every']}, {p['save_every']} steps | "
+                     " | ".join(f"{r['share'][m]:.3f} ({r['careful'][m]:.3f})" for m in METHODS) +
+                     f" | {lost} | {p['snapshot_every']}, {p['save_every']} steps | "
                      f"{r['runs']['PoE, skip']['skipped']} | {PUBLISHED if p['mtbf'] == 600 else ''} |")
     return lines
 
 
 def markdown(points, wanted, cost, options, load):
     return "\n".join([f"{emulated.machine()}, load {load}; experiments/goodput/run.py {' '.join(sys.argv[1:])}".rstrip(), "",
-                      "Effective training time (steps kept, beside those of the undisturbed run in the same time); compute emulated:", "",
+                      "Effective training time; compute emulated. Steps kept, beside those of an undisturbed run in the same time that "
+                      "takes no precautions (in brackets: beside one that takes the same). Seconds lost per failure are beside the latter.", "",
                       *table(points, wanted), "",
-                      f"Undisturbed steps take {cost['poe_step']:.2f} s (PoE) and {cost['bp_step']:.2f} s (1f1b); a snapshot costs "
+                      f"Undisturbed steps take {cost['poe_step']:.2f} s (PoE, of which agents cost {100 * cost['agents']:.1f} %) and "
+                      f"{cost['bp_step']:.2f} s (1f1b); a snapshot costs "
                       f"{1e3 * cost['snapshot']:.0f} ms, a checkpoint {1e3 * cost['checkpoint']:.0f} ms; intervals by Young's formula."]) + "\n"
 
 

@@ -216,10 +216,19 @@ def interrupted(folder):
     read_trace(f'{folder}/trace.json')
 
 
+def saved(folder):
+    """Checkpoints where they are asked for, and a run that goes on from one."""
+    out, _ = emulate(folder, 'saved', save_every=2, num_iterations=3)
+    poe.check_equal(poe.checkpoints(out), ['step-00000002', 'step-00000003'], 'checkpoints')
+    result = poe.run(['--resume', out, '--num-iterations', 5])
+    poe.check_equal(result.code, 0, result)
+    poe.check_equal(len(step_lines(out)), 5, 'steps')
+
+
 def refused(folder):
     data = poe.write_tokens(f'{folder}/tokens.bin')
     for changes, words in (({'emulate_compute': 'forward=20,backward=1ms'}, ('--emulate-compute', 'forward=20"', 'ms')),
-                           ({'emulate_compute': TIMES, 'save_every': 2}, ('--emulate-compute', '--save-every')),
+                           ({'emulate_compute': TIMES, 'eval_every': 2}, ('--emulate-compute', '--eval-every')),
                            ({'trace': f'{folder}/none/trace.json'}, ('--trace', f'{folder}/none')),
                            ({'trace': folder}, ('--trace', folder, 'directory'))):
         for launch in (poe.THREADS, poe.MPIEXEC):
@@ -228,4 +237,4 @@ def refused(folder):
             poe.check(not os.path.exists(f'{folder}/out'), 'left behind: a folder')
 
 
-poe.main(accounts, resumed, trace, emulated, jitter, many, interrupted, refused)
+poe.main(accounts, resumed, trace, emulated, jitter, many, interrupted, saved, refused)

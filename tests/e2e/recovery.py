@@ -170,6 +170,26 @@ def evaluating(folder):
     poe.check(most < 50000, f'an agent or a stage process shared {most} KiB')  # of 64 MiB that pass
 
 
+def resumed(folder):
+    """A process of a run that was resumed is started again when the checkpoint that it was resumed from is gone."""
+    data, whole, export = poe.write_tokens(f'{folder}/tokens.bin'), f'{folder}/whole', f'{folder}/final.safetensors'
+    short = {'num_iterations': 100, 'save_every': 10, 'eval_every': 0, 'keep': 1}
+    undisturbed(whole, data, **short)
+    words = settings(None, data, export=export, fault='kill-agent rank=1 step=25', **short)  # into runs/, by the time
+    poe.check(poe.run(words, poe.RANKS, 3, cwd=folder).code != 0, 'goes on')
+    out = f'runs/{os.listdir(f"{folder}/runs")[0]}'
+    first = poe.checkpoints(f'{folder}/{out}')
+    again = ['--resume', out, '--fault', 'kill rank=0 step=45; kill rank=2 step=46', '--export', export]
+    result = poe.run(again, poe.RANKS, 3, cwd=folder)
+    poe.check_equal(result.code, 0, result)
+    poe.check_equal(result.err.count('back after'), 2, result)
+    out = f'{folder}/{out}'
+    poe.check(first[0] not in poe.checkpoints(out), first)
+    poe.check_equal(poe.steps(out), poe.steps(whole), 'losses')
+    poe.check_equal(poe.checkpoints(out), poe.checkpoints(whole), 'checkpoints')
+    poe.check_same_file(export, f'{whole}/final.safetensors')
+
+
 def own_tokenizer(folder):
     """A tokenizer that the run has trained stays the run's own, whoever is started again."""
     data = poe.write_text(f'{folder}/text.txt')
@@ -321,4 +341,4 @@ def interrupted_after(folder):
     poe.check_same_file(f'{out}/final.safetensors', f'{whole}/final.safetensors')
 
 
-poe.main(one_dies, rules, at_random, skipping, not_finite, evaluating, own_tokenizer, interrupted_after, outage, outage_by_death, outage_refused)
+poe.main(one_dies, rules, at_random, skipping, not_finite, evaluating, own_tokenizer, interrupted_after, outage, outage_by_death, outage_refused, resumed)
