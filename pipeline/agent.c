@@ -316,9 +316,14 @@ static void watch_return(agent *a)
     if (atomic_load(&a->board->outage))
         return;
     double restored = atomic_load(&a->board->restored);
-    poe_info("back after %.3f s: started after %.3f, at its snapshot of step %" PRId64 " after %.3f, then %" PRId64
-             " steps and what had begun of another again", a->now - a->died, a->started - a->died, a->from, restored - a->died,
-             a->fell.step - a->from);
+    char rest[TEXT];
+    int64_t steps = a->fell.step - a->from;
+    if (a->settings->skips)
+        snprintf(rest, TEXT, "then on with step %" PRId64, a->fell.step);
+    else
+        snprintf(rest, TEXT, "then %" PRId64 " step%s and what had begun of another again", steps, steps == 1 ? "" : "s");
+    poe_info("back after %.3f s: started after %.3f, at its snapshot of step %" PRId64 " after %.3f, %s", a->now - a->died,
+             a->started - a->died, a->from, restored - a->died, rest);
 }
 
 /* POE_AGAIN: nothing that ends the run. */

@@ -11,6 +11,7 @@
 typedef struct poe_agent_settings {
     double deadline; /* seconds after which other ranks give up a silent one, as poe_comm_settings has it; 0: 120 */
     bool continues; /* when the stage dies again and again, the run goes on without it (pipeline/outage.h) */
+    bool skips;      /* a stage process that goes on does not repeat what its predecessor did */
     void (*attend)(void *context); /* called after every wake-up; NULL: nothing is */
     void *context;
     double arriving; /* when a stage that has come from elsewhere began to leave there, by poe_now(); 0: none has come */

@@ -133,7 +133,9 @@ static poe_status begin_recoverable(trainer *t, int64_t *step)
     poe_comm_journal(r->comm, NULL, NULL, false);
     if (!poe_snapshot_resumes(r->comm)) {
         poe_outage_begin(r, *step);
-        return take_snapshot(t, *step);
+        poe_status taken = take_snapshot(t, *step);
+        poe_accounts_start(&r->accounts, r->comm, r->trace); /* it belongs to no step */
+        return taken;
     }
     poe_status status = poe_snapshot_restore(r, step, pass_loop, t);
     poe_outage_begin(r, *step);

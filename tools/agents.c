@@ -273,6 +273,7 @@ static poe_status look_after(poe_rank_job *job, arrival *from)
     bool continues = strcmp(job->options->outage, "continue") == 0 && job->transport->rank > 0;
     poe_agent_settings settings = {.deadline = job->options->deadline,
                                    .continues = continues,
+                                   .skips = strcmp(job->options->recover, "skip") == 0,
                                    .attend = attend,
                                    .context = &faults,
                                    .arriving = from ? from->since : 0};

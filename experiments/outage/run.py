@@ -11,7 +11,7 @@ as were missed, which takes as long as waiting would. Waiting is not run but com
 still at the outage's first step for as long as the run that went on took for the steps without the stage. The bits of
 what a run computes do not depend on when it does so, so nothing else differs.
 
-Duration: about 15 minutes on two idle cores; --quick: less than a minute, one tiny model, whose figures mean nothing.
+Duration: about 15 minutes on two idle cores; --quick: seconds, on a busy machine a minute; one tiny model, whose figures mean nothing.
 
 Writes into --out (default runs/outage): outage.md (the table, also on standard output), outage.json, outage.png: BPB of every
 prefix over time. Time is that of training steps alone, without evaluations and checkpoints.

@@ -46,7 +46,7 @@ SIZES = {  # flags, steps between snapshots and between checkpoints
 QUICK = {"0.2 M": ["--stages", "1,1,1,1", "--n-embd", 32, "--n-head", 2, "--sequence-len", 32, "--vocab-size", 300,
                    "--device-batch-size", 2, "--total-batch-size", 512]}
 BACK = re.compile(r"rank (\d+): back after ([\d.]+) s: started after ([\d.]+), at its snapshot of step (\d+) after ([\d.]+), "
-                  r"then (\d+) steps")
+                  r"then (\d+) step")
 EVERY = 10
 
 
