@@ -9,8 +9,8 @@
 Every plan is drawn from its seed: a configuration (2 to 5 ranks; exact, stale, every; heads; wire formats; networks), and 1 to 4
 faults at random steps, phases and ranks, some of them during a recovery, a snapshot or a checkpoint, all at once or one after
 the other. Two outcomes are allowed: `same`, the run ends well with the weights, bit for bit, of the undisturbed run; `stopped`, it
-ends with exit status 1 and a sentence, and resuming from what it left, or starting anew where it left nothing, gives those
-weights. Also, it must end within --deadline seconds, and leave no process, no temporary file, and nothing in /dev/shm.
+ends with exit status 1 and a sentence, and resuming from what it left whole, or starting anew where that is nothing, gives
+those weights. Also, it must end within --deadline seconds, and leave no process, no temporary file, and nothing in /dev/shm.
 
 A seed that fails is printed with the command that repeats it. Writes into --out: campaign.md (fault kind x outcome, also on
 standard output), campaign.json (every plan).
@@ -34,10 +34,10 @@ import poe  # noqa: E402
 
 STEPS = 40
 PHASES = ["receive", "forward", "backward", "reduce", "optimizer", "snapshot", "checkpoint", "recovery"]
-PROCESS = ["kill", "segfault", "exit", "stop"]         # of a stage process
+PROCESS = ["kill", "segfault", "exit", "stop", "memory"]  # of a stage process
 LINK = ["cut", "corrupt", "partition"]
 FATAL = ["kill-agent", "kill-keeper", "disk"]          # a run may stop after these, and must not lose anything
-HARMLESS = ["slow"]
+HARMLESS = ["slow", "corrupt-checkpoint"]              # while the run goes on
 CONFIGURATIONS = [
     dict(stages="1,1,1"),
     dict(stages="1,1", sync="stale:2", head="ps"),
@@ -55,7 +55,7 @@ BASE = dict(num_iterations=STEPS, snapshot_every=5, save_every=16, eval_every=20
 # --- plans ------------------------------------------------------------------------------------------------------------
 
 def draw_fault(rng, ranks, step):
-    kind = rng.choices(PROCESS + LINK + FATAL + HARMLESS, [30, 8, 8, 5, 8, 5, 3, 3, 2, 2, 4])[0]
+    kind = rng.choices(PROCESS + LINK + FATAL + HARMLESS, [30, 8, 8, 5, 2, 8, 5, 3, 3, 2, 2, 4, 2])[0]
     rank = rng.randrange(ranks)
     words = [kind, f"rank={rank}", f"step={step}"]
     if kind in ("cut", "corrupt"):
@@ -66,6 +66,8 @@ def draw_fault(rng, ranks, step):
         words += ["duty=0.3", "for=0.5s"]
     elif kind == "stop":
         words.append(f"for={rng.uniform(0.1, 1):.2f}s")
+    elif kind == "memory":
+        words.append("cap=32MiB")
     elif kind == "exit":
         words.append("code=3")
     elif kind == "disk":
@@ -167,11 +169,14 @@ def judge(seed, whole, data, folder, deadline):
     if not text.strip():
         raise Failed(f"exit status {code} without a sentence")
     again = f"{folder}/again"
-    resumed = ["--resume", out, "--fault", "none", "--export", f"{out}/final.safetensors"] if poe.checkpoints(out) else None
-    words = resumed or words_of(configuration, again, data)
-    second, more = call(words, ranks, tag, deadline)
-    if second != 0 or not same_weights(out if resumed else again, whole):
-        raise Failed(f"exit status {code}, and then {'resuming' if resumed else 'starting anew'} gave status {second} or other "
+    resumes, second = bool(poe.checkpoints(out)), 2
+    if resumes:
+        second, more = call(["--resume", out, "--resume-older", "--export", f"{out}/final.safetensors"], ranks, tag, deadline)
+        resumes = second != 2  # refused: of what there is nothing is whole
+    if not resumes:
+        second, more = call(words_of(configuration, again, data), ranks, tag, deadline)
+    if second != 0 or not same_weights(out if resumes else again, whole):
+        raise Failed(f"exit status {code}, and then {'resuming' if resumes else 'starting anew'} gave status {second} or other "
                      f"weights:\n{text[-2000:]}\n{more[-2000:]}")
     if poe.leftovers(out):
         raise Failed(f"left over: {poe.leftovers(out)}\n{text[-3000:]}")
