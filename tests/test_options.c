@@ -143,6 +143,10 @@ static void test_flags(void)
     CHECK_STRING(o.recover, "skip");
     CHECK_INT(o.snapshot_every, 3);
     CHECK_INT(o.log_limit, 256LL << 20);
+    CHECK_INT(o.spares, 0);
+    poe_options_free(&o);
+    CHECK_INT(parse(&o, &command, "--stages 1,1,1 --ranks 5 --spares 2"), POE_OK);
+    CHECK_INT(o.spares, 2);
     poe_options_free(&o);
     CHECK_INT(parse(&o, &command, "--n-embd 3 --help"), POE_OK);
     CHECK(o.help);
@@ -192,6 +196,9 @@ static void test_refused_values(void)
     REFUSED("--snapshot-every", "--snapshot-every 0");
     REFUSED("--log-limit", "--log-limit 1GB");
     REFUSED("--agents on: agents carry messages over the fabric; found --transport mpi", "--agents on --transport mpi");
+    REFUSED("--ranks: found 4 with 3 stages in --stages and --spares 2", "--stages 1,1,1 --ranks 4 --spares 2");
+    REFUSED("--spares is for ranks with agents, and --transport mpi has none", "--spares 1 --transport mpi");
+    REFUSED("--spares and --net exclude each other", "--spares 1 --net 0-1:rtt=1ms");
     REFUSED("--agents on and --trace exclude each other", "--agents on --trace x.json");
     REFUSED("--agents on and --eval-only exclude each other", "--agents on --eval-only --init-from x.safetensors");
     REFUSED("found --schedule ddp", "--agents on --objective bp --schedule ddp --stages 3");

@@ -129,8 +129,7 @@ static void request_report(void *context)
 
 static bool request_leave(void *context)
 {
-    poe_rank_job *job = context;
-    return job->spares && poe_spares_request_leave(job->spares);
+    return poe_spares_request_leave(context);
 }
 
 static void end(void *context)
@@ -263,11 +262,8 @@ static void strip(poe_rank_job *job)
 /* Looks after the stage process. Returns as run_agent() does. */
 static poe_status look_after(poe_rank_job *job, arrival *from)
 {
-    poe_control_target target = {.context = job,
-                                 .request_stop = request_stop,
-                                 .request_report = request_report,
-                                 .end = end,
-                                 .request_leave = request_leave};
+    poe_control_target target = {
+        .context = job, .request_stop = request_stop, .request_report = request_report, .end = end};
     breaker faults;
     /* Without the first stage there is nothing to train on. */
     bool continues = strcmp(job->options->outage, "continue") == 0 && job->transport->rank > 0;
@@ -296,20 +292,10 @@ static poe_status look_after(poe_rank_job *job, arrival *from)
 
 /* --- a place, with a stage or without --------------------------------------------------------------------------- */
 
-/* There is nothing to stop or to tell. */
+/* Who has a stage is told as well, and stops it, or tells. */
 static void ignore(void *context)
 {
     (void)context;
-}
-
-static poe_status wait_for_stage(poe_rank_job *job, arrival *from)
-{
-    poe_control_target target = {
-        .context = job, .request_stop = ignore, .request_report = ignore, .request_leave = request_leave};
-    poe_control_add(&target);
-    poe_status status = poe_spares_wait(job->spares, &from->rank, &from->luggage, &from->since);
-    poe_control_remove(job);
-    return status;
 }
 
 static poe_status take_over(poe_rank_job *job, arrival *from)
@@ -332,17 +318,21 @@ static poe_status run_place(poe_rank_job *job)
 {
     bool serves = job->rank < job->options->stages.count;
     poe_status status = poe_spares_open(job, &job->spares);
-    if (status == POE_OK)
-        status = serves ? look_after(job, NULL) : POE_AGAIN;
+    if (status != POE_OK)
+        return status;
+    poe_control_add(&(poe_control_target){
+        .context = job->spares, .request_stop = ignore, .request_report = ignore, .request_leave = request_leave});
+    status = serves ? look_after(job, NULL) : POE_AGAIN;
     while (status == POE_AGAIN) {
         arrival from;
         if (!job->transport)
             strip(job);
-        status = wait_for_stage(job, &from);
+        status = poe_spares_wait(job->spares, &from.rank, &from.luggage, &from.since);
         serves = status == POE_AGAIN;
         if (serves)
             status = take_over(job, &from);
     }
+    poe_control_remove(job->spares);
     return status;
 }
 

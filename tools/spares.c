@@ -13,14 +13,15 @@
 enum { DESK = 0 }; /* the place that lets stages move */
 
 typedef enum letter_kind {
-    ASK = 1, /* to the desk: may `rank` move? */
-    GRANT,   /* from it: to `place` */
-    DENY,    /* ... there is none left */
-    HOLD,    /* to all: let go of `rank` */
-    HELD,    /* ... done */
-    LUGGAGE, /* to the spare, with the parcel; `seconds`: how long ago the move began */
-    MOVED,   /* to all: `rank` is to be found at `place`, be it as before */
-    END,     /* to those without a stage: `place` is the outcome */
+    WISH = 1, /* to oneself: the user wishes this stage to move */
+    ASK,      /* to the desk: may `rank` move? */
+    GRANT,    /* from it: to `place` */
+    DENY,     /* ... there is none left */
+    HOLD,     /* to all: let go of `rank`; `place`: which attempt this is */
+    HELD,     /* ... done, at this attempt */
+    LUGGAGE,  /* to the spare, with the parcel; `seconds`: how long ago the move began */
+    MOVED,    /* to all: `rank` is to be found at `place`, be it as before */
+    END,      /* to those without a stage: `place` is the outcome */
 } letter_kind;
 
 typedef enum phase { STAYS, ASKED, LEAVES } phase;
@@ -40,10 +41,11 @@ struct poe_spares {
     int owners[POE_OPTION_STAGES];
     bool used[2 * POE_OPTION_STAGES]; /* places that are no free spare, or no more */
     atomic_int free;
-    atomic_bool wish, busy, idle; /* to leave; it is being fulfilled; there is no stage here */
+    bool wish;              /* of the user: to leave */
+    atomic_bool busy, idle; /* it is being fulfilled; there is no stage here */
     phase phase;
-    double since; /* when the user asked */
-    int to, held;
+    double since;          /* when the user asked */
+    int to, attempt, held; /* held: of this attempt */
     bool ended;
     poe_status outcome;
     poe_letter luggage; /* kind 0: none has come */
@@ -103,7 +105,7 @@ static void take_question(poe_spares *s, int rank)
 static void stay(poe_spares *s)
 {
     s->phase = STAYS;
-    atomic_store(&s->wish, false);
+    s->wish = false;
     atomic_store(&s->busy, false);
 }
 
@@ -129,7 +131,7 @@ static void hold(poe_spares *s, const poe_letter *letter)
 {
     if (s->rank >= 0 && letter->rank != s->rank && poe_fabric_hold(s->job->fabric, letter->rank) != POE_OK)
         return;
-    write_to(s, letter->from, HELD, letter->rank, s->place);
+    write_to(s, letter->from, HELD, letter->rank, letter->place);
 }
 
 static void take_move(poe_spares *s, int rank, int place)
@@ -158,6 +160,9 @@ static void take_luggage(poe_spares *s, poe_letter *letter)
 static void take_letter(poe_spares *s, poe_letter *letter)
 {
     switch ((letter_kind)letter->kind) {
+    case WISH:
+        s->wish = true;
+        break;
     case ASK:
         take_question(s, letter->rank);
         break;
@@ -171,7 +176,7 @@ static void take_letter(poe_spares *s, poe_letter *letter)
         hold(s, letter);
         break;
     case HELD:
-        s->held++;
+        s->held += letter->place == s->attempt;
         break;
     case LUGGAGE:
         take_luggage(s, letter);
@@ -202,15 +207,14 @@ bool poe_spares_request_leave(poe_spares *s)
     }
     if (atomic_load(&s->free) == 0 && !atomic_load(&s->busy))
         return false;
-    atomic_store(&s->wish, true);
-    poe_ring_wake(&s->job->board->to_agent);
+    write_to(s, s->place, WISH, 0, 0);
     return true;
 }
 
 void poe_spares_attend(poe_spares *s)
 {
     take_letters(s);
-    if (s->phase == STAYS && atomic_load(&s->wish)) {
+    if (s->phase == STAYS && s->wish) {
         atomic_store(&s->busy, true);
         s->phase = ASKED;
         s->since = poe_now();
@@ -238,7 +242,7 @@ static bool let_go(poe_spares *s)
 {
     double until = poe_now() + patience(s) / 4;
     s->held = 0;
-    write_to_all(s, HOLD, s->rank, s->place);
+    write_to_all(s, HOLD, s->rank, ++s->attempt);
     for (double left; s->held < s->n_places && (left = until - poe_now()) > 0; take_letters(s))
         poe_post_wait(s->post, left);
     for (int rank = 0; rank < s->n_ranks; rank++)

@@ -124,19 +124,19 @@ def all_move(folder):
 def stopped_after(folder):
     """Without a free spare SIGTERM stops the run as ever; it is resumed to the same weights, without spares."""
     data = poe.write_tokens(f'{folder}/tokens.bin')
-    whole, out = undisturbed(f'{folder}/whole', data), f'{folder}/out'
-    with poe.Background(settings(out, data), poe.RANKS, 4) as run:
+    whole, out = undisturbed(f'{folder}/whole', data, num_iterations=800), f'{folder}/out'
+    with poe.Background(settings(out, data, num_iterations=800), poe.RANKS, 4) as run:
         wait_for(run, out, 20)
         ask_to_leave(run, 0)
         arrived(run, 0)
         poe.wait_until('the agent that left', lambda: run.has('poe-left', 1))
         os.kill(run.named('poe-left', 1)[0], signal.SIGTERM)
-        poe.wait_until('a word', lambda: 'no stage that could move' in run.said())
+        poe.wait_until('a word', lambda: 'no stage that could move' in run.said() or run.process.poll() is not None)
         ask_to_leave(run, 2)
         result = run.wait()
     poe.check(result.code in (130, 143), result)
-    poe.check_equal(len(poe.checkpoints(out)), 1, poe.checkpoints(out))
-    result = poe.run(['--resume', out, '--export', f'{out}/final.safetensors'], poe.RANKS, 3)
+    poe.check(poe.checkpoints(out), 'no checkpoint')
+    result = poe.run(['--resume', 'latest', '--out', out, '--export', f'{out}/final.safetensors'], poe.RANKS, 3)
     poe.check_equal(result.code, 0, result)
     poe.check_same_file(f'{out}/final.safetensors', f'{whole}/final.safetensors')
 
@@ -145,14 +145,34 @@ def interrupted_after(folder):
     """Ctrl-C after a move: the run stops as ever."""
     data = poe.write_tokens(f'{folder}/tokens.bin')
     out = f'{folder}/out'
-    with poe.Background(settings(out, data), poe.RANKS, 4) as run:
+    with poe.Background(settings(out, data, num_iterations=800), poe.RANKS, 4) as run:
         wait_for(run, out, 20)
         ask_to_leave(run, 0)
         arrived(run, 0)
         run.process.send_signal(signal.SIGINT)
         result = run.wait()
     poe.check_equal(result.code, 130, result)
-    poe.check_equal(len(poe.checkpoints(out)), 1, poe.checkpoints(out))
+    poe.check(poe.checkpoints(out), 'no checkpoint')
+
+
+def given_up(folder):
+    """An agent that does not answer, the spare itself, keeps the stage where it is; once it does, the stage moves."""
+    data = poe.write_tokens(f'{folder}/tokens.bin')
+    whole, out = undisturbed(f'{folder}/whole', data, num_iterations=600), f'{folder}/out'
+    with poe.Background(settings(out, data, num_iterations=600, deadline=20), poe.RANKS, 4) as run:
+        wait_for(run, out, 10)
+        spare = next(pid for pid in run.family() if poe.process_name(pid) == 'poe-spare 3')
+        os.kill(spare, signal.SIGSTOP)
+        ask_to_leave(run, 1)
+        poe.wait_until('a word', lambda: 'stays: an agent does not answer' in run.said())
+        wait_for(run, out, lines(out) + 10)
+        os.kill(spare, signal.SIGCONT)
+        ask_to_leave(run, 1)
+        result = run.wait(120)
+    poe.check_equal(result.code, 0, result)
+    poe.check_equal(len(result.lines), 4, result)
+    poe.check('here after' in result.lines[3], result)
+    check_same(out, whole)
 
 
 def lost(folder):
@@ -189,4 +209,4 @@ def refused(folder):
     poe.check_refused(poe.run(poe.flags(spares=-1), poe.RANKS, 4), 2, '--spares')
 
 
-poe.main(idle, one_moves, rules, all_move, stopped_after, interrupted_after, lost, refused)
+poe.main(idle, one_moves, rules, all_move, stopped_after, interrupted_after, given_up, lost, refused)
