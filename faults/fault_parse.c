@@ -11,7 +11,7 @@
 #include "faults/rules.h"
 #include "src/log.h"
 
-enum { SHOWN = 80, LONGEST = 3600 };
+enum { LONGEST = 3600 };
 
 #define WHERE (POE_FAULT_KEY_RANK | POE_FAULT_KEY_STEP)
 #define WHEN (POE_FAULT_KEY_MICRO | POE_FAULT_KEY_PHASE | POE_FAULT_KEY_TIMES | POE_FAULT_KEY_LIFE)
@@ -49,15 +49,11 @@ typedef struct reader {
 static poe_status refuse(const reader *r, const char *format, ...) __attribute__((format(printf, 2, 3)));
 static poe_status refuse(const reader *r, const char *format, ...)
 {
-    char text[512], place[256] = "";
     va_list args;
     va_start(args, format);
-    vsnprintf(text, sizeof(text), format, args);
+    poe_status status = poe_rules_refuse("--fault", r->file, r->line, r->rule, format, args);
     va_end(args);
-    if (r->file)
-        snprintf(place, sizeof(place), "%.200s, line %d, ", r->file, r->line);
-    poe_error("--fault %s'%.*s%s': %s", place, SHOWN, r->rule, strlen(r->rule) > SHOWN ? "..." : "", text);
-    return POE_BAD_INPUT;
+    return status;
 }
 
 static poe_status wrong(const reader *r, const char *key, const char *value, const char *allowed)

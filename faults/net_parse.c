@@ -15,7 +15,7 @@
 #include "faults/rules.h"
 #include "src/log.h"
 
-enum { MAX_CHANGES = 24, SHOWN = 80 };
+enum { MAX_CHANGES = 24 };
 
 static const char all_keys[] = "rtt, delay, jitter, bw, loss, preset, corrupt, cut, down, from and to; seed stands alone";
 static const char times[] = "a time from 0 to 3600 s with its unit, as in 200us, 80ms or 1.5s";
@@ -43,15 +43,11 @@ typedef struct reader {
 static poe_status refuse(const reader *r, const char *format, ...) __attribute__((format(printf, 2, 3)));
 static poe_status refuse(const reader *r, const char *format, ...)
 {
-    char text[512], place[256] = "";
     va_list args;
     va_start(args, format);
-    vsnprintf(text, sizeof(text), format, args);
+    poe_status status = poe_rules_refuse("--net", r->file, r->line, r->rule, format, args);
     va_end(args);
-    if (r->file)
-        snprintf(place, sizeof(place), "%.200s, line %d, ", r->file, r->line);
-    poe_error("--net %s'%.*s%s': %s", place, SHOWN, r->rule, strlen(r->rule) > SHOWN ? "..." : "", text);
-    return POE_BAD_INPUT;
+    return status;
 }
 
 /* --- values --------------------------------------------------------------------------------------------------------- */

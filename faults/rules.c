@@ -3,12 +3,26 @@
 
 #include <ctype.h>
 #include <stdbool.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 
 #include "src/files.h"
 #include "src/log.h"
+
+enum { SHOWN = 80 }; /* characters of a rule that is refused */
+
+poe_status poe_rules_refuse(const char *flag, const char *file, int line, const char *rule, const char *format,
+                            va_list args)
+{
+    char text[512], place[256] = "";
+    vsnprintf(text, sizeof(text), format, args);
+    if (file)
+        snprintf(place, sizeof(place), "%.200s, line %d, ", file, line);
+    poe_error("%s %s'%.*s%s': %s", flag, place, SHOWN, rule, strlen(rule) > SHOWN ? "..." : "", text);
+    return POE_BAD_INPUT;
+}
 
 char *poe_rules_trim(char *text)
 {

@@ -4,6 +4,8 @@
 #ifndef POE_FAULTS_RULES_H
 #define POE_FAULTS_RULES_H
 
+#include <stdarg.h>
+
 #include "src/status.h"
 
 typedef struct poe_rules {
@@ -18,6 +20,9 @@ typedef struct poe_rules {
 
 /* NULL and "none" have no rules. Ends with the first that read() refuses, and returns what that did. */
 poe_status poe_rules_read(const poe_rules *rules, const char *value);
+
+/* Says what is wrong with the rule at hand, and where it stands (`file` NULL: in the flag's own value); POE_BAD_INPUT. */
+poe_status poe_rules_refuse(const char *flag, const char *file, int line, const char *rule, const char *format, va_list args);
 
 /* Without white space at its ends; written to. */
 char *poe_rules_trim(char *text);

@@ -8,19 +8,11 @@ import poe
 RUN = {'stages': '1,1,1', 'sync': 'stale:2', 'num_iterations': 100000}
 
 
-def lines(out):
-    try:
-        with open(f'{out}/metrics.jsonl') as file:
-            return sum(1 for _ in file)
-    except OSError:
-        return 0
-
-
 def start(out, data, launch=poe.RANKS, **changes):
     """A run in the background that trains."""
     run = poe.Background(poe.flags(data=data, out=out, **{**RUN, **changes}), launch, 3)
     try:
-        poe.wait_until('20 steps', lambda: lines(out) >= 20 or run.process.poll() is not None)
+        poe.wait_until('20 steps', lambda: poe.lines(out) >= 20 or run.process.poll() is not None)
         poe.check(run.process.poll() is None, f'ended too soon: {run.said()}')
     except AssertionError:
         run.__exit__()

@@ -253,6 +253,20 @@ def metrics(out):
     return lines
 
 
+def lines(out):
+    """Of metrics.jsonl so far."""
+    try:
+        with open(f'{out}/metrics.jsonl') as file:
+            return sum(1 for _ in file)
+    except OSError:
+        return 0
+
+
+def wait_for_lines(run, out, wanted):
+    wait_until(f'{wanted} lines of metrics', lambda: lines(out) >= wanted or run.process.poll() is not None, 60)
+    check(run.process.poll() is None, f'ended too soon: {run.said()}')
+
+
 def steps(out):
     return [m for m in metrics(out) if 'loss' in m]
 

@@ -32,19 +32,6 @@ def stage_process(run, rank):
     return None
 
 
-def lines(out):
-    try:
-        with open(f'{out}/metrics.jsonl') as file:
-            return sum(1 for _ in file)
-    except OSError:
-        return 0
-
-
-def wait_for(run, out, wanted):
-    poe.wait_until(f'{wanted} lines of metrics', lambda: lines(out) >= wanted or run.process.poll() is not None)
-    poe.check(run.process.poll() is None, f'ended too soon: {run.said()}')
-
-
 def check_same(out, whole):
     poe.check_equal(poe.steps(out), poe.steps(whole), 'losses')
     poe.check_equal(poe.evaluations(out), poe.evaluations(whole), 'evaluations')
@@ -58,7 +45,7 @@ def kill_and_compare(folder, name, whole, data, kills, launch=poe.RANKS, number=
     out = f'{folder}/{name}'
     with poe.Background(settings(out, data, **changes), launch, 3) as run:
         for wanted, ranks in kills:
-            wait_for(run, out, wanted)
+            poe.wait_for_lines(run, out, wanted)
             for rank in ranks:
                 poe.wait_until(f'a stage process of rank {rank}', lambda: stage_process(run, rank))
                 poe.kill(stage_process(run, rank), number)
@@ -97,11 +84,11 @@ def at_random(folder):
     whole = undisturbed(f'{folder}/whole', data, sync='stale:2')
     out, rng = f'{folder}/random', random.Random(int(os.environ.get('POE_SEED', '1')))
     with poe.Background(settings(out, data, sync='stale:2'), poe.RANKS, 3) as run:
-        wait_for(run, out, 3)
+        poe.wait_for_lines(run, out, 3)
         for _ in range(12):
             time.sleep(rng.uniform(0, 0.25))
             pid = stage_process(run, rng.randrange(3))
-            if pid and lines(out) < 140:
+            if pid and poe.lines(out) < 140:
                 poe.kill(pid, rng.choice((signal.SIGKILL, signal.SIGSEGV)))
         result = run.wait(120)
     poe.check_equal(result.code, 0, result)
@@ -114,7 +101,7 @@ def skipping(folder):
     data = poe.write_tokens(f'{folder}/tokens.bin')
     out = f'{folder}/out'
     with poe.Background(settings(out, data, recover='skip', snapshot_every=40), poe.RANKS, 3) as run:
-        wait_for(run, out, 30)
+        poe.wait_for_lines(run, out, 30)
         poe.kill(stage_process(run, 1), signal.SIGKILL)
         result = run.wait(120)
     poe.check_equal(result.code, 0, result)
@@ -156,7 +143,7 @@ def evaluating(folder):
     long = {'vocab_size': 2000, 'num_iterations': 8, 'eval_every': 4, 'eval_tokens': 8192, 'val_data': data, 'save_every': 4}
     whole, out, most = undisturbed(f'{folder}/whole', data, **long), f'{folder}/out', 0
     with poe.Background(settings(out, data, log_limit='4MiB', **long), poe.RANKS, 3) as run:
-        wait_for(run, out, 4)
+        poe.wait_for_lines(run, out, 4)
         kills = [1, 2, 0, 2, 1]
         while run.process.poll() is None:
             time.sleep(0.1)
@@ -197,7 +184,7 @@ def own_tokenizer(folder):
     whole = undisturbed(f'{folder}/whole', data, **text)
     out = f'{folder}/out'
     with poe.Background(settings(out, data, **text), poe.RANKS, 3) as run:
-        wait_for(run, out, 10)
+        poe.wait_for_lines(run, out, 10)
         poe.kill(stage_process(run, 0), signal.SIGKILL)
         poe.check_equal(run.wait(120).code, 0, run.said())
     check_same(out, whole)
@@ -331,7 +318,7 @@ def interrupted_after(folder):
     data = poe.write_tokens(f'{folder}/tokens.bin')
     whole, out = undisturbed(f'{folder}/whole', data), f'{folder}/out'
     with poe.Background(settings(out, data), poe.RANKS, 3) as run:
-        wait_for(run, out, 20)
+        poe.wait_for_lines(run, out, 20)
         poe.kill(stage_process(run, 0), signal.SIGKILL)
         run.process.send_signal(signal.SIGINT)
         result = run.wait()

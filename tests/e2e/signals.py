@@ -10,19 +10,11 @@ import poe
 LONG = {'num_iterations': 200, 'sync': 'stale:2', 'head': 'ps', 'stages': '2,1'}
 
 
-def lines(out):
-    try:
-        with open(f'{out}/metrics.jsonl') as file:
-            return sum(1 for _ in file)
-    except OSError:
-        return 0
-
-
 def start(out, data, launch, wanted=20, ranks=2, **changes):
     """A run in the background that has done some steps."""
     run = poe.Background(poe.flags(data=data, out=out, **{**LONG, **changes}), launch, ranks)
     try:
-        poe.wait_until(f'{wanted} steps', lambda: lines(out) >= wanted or run.process.poll() is not None)
+        poe.wait_until(f'{wanted} steps', lambda: poe.lines(out) >= wanted or run.process.poll() is not None)
         poe.check(run.process.poll() is None, f'ended too soon: {run.said()}')
     except AssertionError:
         run.__exit__()

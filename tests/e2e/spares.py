@@ -20,19 +20,6 @@ def undisturbed(out, data, **changes):
     return out
 
 
-def lines(out):
-    try:
-        with open(f'{out}/metrics.jsonl') as file:
-            return sum(1 for _ in file)
-    except OSError:
-        return 0
-
-
-def wait_for(run, out, wanted):
-    poe.wait_until(f'{wanted} lines of metrics', lambda: lines(out) >= wanted or run.process.poll() is not None, 60)
-    poe.check(run.process.poll() is None, f'ended too soon: {run.said()}')
-
-
 def ask_to_leave(run, rank, size=3):
     os.kill(run.named('poe-agent', size)[rank], signal.SIGTERM)
 
@@ -69,7 +56,7 @@ def one_moves(folder):
     for rank in range(3):
         out = f'{folder}/rank-{rank}'
         with poe.Background(settings(out, data), poe.MPIEXEC if rank == 1 else poe.RANKS, 4) as run:
-            wait_for(run, out, 20 + 10 * rank)
+            poe.wait_for_lines(run, out, 20 + 10 * rank)
             keeper = run.named('poe-keeper', 3)[rank]
             ask_to_leave(run, rank)
             arrived(run, rank)
@@ -90,7 +77,7 @@ def rules(folder):
                                    {'recover': 'skip', 'sync': 'every:4'})):
         out, whole = f'{folder}/{number}', undisturbed(f'{folder}/whole-{number}', data, **rule)
         with poe.Background(settings(out, data, **rule), poe.RANKS, 4) as run:
-            wait_for(run, out, 20)
+            poe.wait_for_lines(run, out, 20)
             ask_to_leave(run, number)
             result = run.wait(120)
         poe.check_equal(result.code, 0, result)
@@ -104,13 +91,13 @@ def all_move(folder):
     data = poe.write_tokens(f'{folder}/tokens.bin')
     whole, out = undisturbed(f'{folder}/whole', data, num_iterations=300), f'{folder}/out'
     with poe.Background(settings(out, data, 4, num_iterations=300), poe.RANKS, 7) as run:
-        wait_for(run, out, 20)
+        poe.wait_for_lines(run, out, 20)
         for agent in run.named('poe-agent', 3):
             os.kill(agent, signal.SIGTERM)
         for rank in range(3):
             arrived(run, rank)
         for rank, stage in enumerate(run.named('poe-stage', 3)):
-            wait_for(run, out, lines(out) + 5)
+            poe.wait_for_lines(run, out, poe.lines(out) + 5)
             poe.kill(stage, signal.SIGKILL)
         poe.wait_until('three to be back', lambda: run.said().count('back after') == 3 or run.process.poll() is not None, 60)
         ask_to_leave(run, 1)
@@ -126,7 +113,7 @@ def stopped_after(folder):
     data = poe.write_tokens(f'{folder}/tokens.bin')
     whole, out = undisturbed(f'{folder}/whole', data, num_iterations=800), f'{folder}/out'
     with poe.Background(settings(out, data, num_iterations=800), poe.RANKS, 4) as run:
-        wait_for(run, out, 20)
+        poe.wait_for_lines(run, out, 20)
         ask_to_leave(run, 0)
         arrived(run, 0)
         poe.wait_until('the agent that left', lambda: run.has('poe-left', 1))
@@ -146,7 +133,7 @@ def interrupted_after(folder):
     data = poe.write_tokens(f'{folder}/tokens.bin')
     out = f'{folder}/out'
     with poe.Background(settings(out, data, num_iterations=800), poe.RANKS, 4) as run:
-        wait_for(run, out, 20)
+        poe.wait_for_lines(run, out, 20)
         ask_to_leave(run, 0)
         arrived(run, 0)
         run.process.send_signal(signal.SIGINT)
@@ -160,12 +147,12 @@ def given_up(folder):
     data = poe.write_tokens(f'{folder}/tokens.bin')
     whole, out = undisturbed(f'{folder}/whole', data, num_iterations=600), f'{folder}/out'
     with poe.Background(settings(out, data, num_iterations=600, deadline=20), poe.RANKS, 4) as run:
-        wait_for(run, out, 10)
+        poe.wait_for_lines(run, out, 10)
         spare = next(pid for pid in run.family() if poe.process_name(pid) == 'poe-spare 3')
         os.kill(spare, signal.SIGSTOP)
         ask_to_leave(run, 1)
         poe.wait_until('a word', lambda: 'stays: an agent does not answer' in run.said())
-        wait_for(run, out, lines(out) + 10)
+        poe.wait_for_lines(run, out, poe.lines(out) + 10)
         os.kill(spare, signal.SIGCONT)
         ask_to_leave(run, 1)
         result = run.wait(120)
@@ -181,7 +168,7 @@ def lost(folder):
     for name in ('poe-spare 3', 'poe-agent 1', 'poe-left 1'):
         out = f'{folder}/{name[4:].replace(" ", "-")}'
         with poe.Background(settings(out, data, num_iterations=2000), poe.RANKS, 4) as run:
-            wait_for(run, out, 10)
+            poe.wait_for_lines(run, out, 10)
             if name != 'poe-spare 3':
                 ask_to_leave(run, 1)
                 arrived(run, 1)
