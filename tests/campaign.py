@@ -13,7 +13,7 @@ ends with exit status 1 and a sentence, and resuming from what it left whole, or
 those weights. Also, it must end within --deadline seconds, and leave no process, no temporary file, and nothing in /dev/shm.
 
 A seed that fails is printed with the command that repeats it. Writes into --out: campaign.md (fault kind x outcome, also on
-standard output), campaign.json (every plan).
+standard output), campaign.json (every plan), and every 50 plans what there is so far.
 """
 import argparse
 import concurrent.futures
@@ -235,6 +235,14 @@ def shared_memory():
     return set(os.listdir("/dev/shm"))
 
 
+def write(args, results, text):
+    if not args.out:
+        return
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "campaign.md").write_text(text + "\n")
+    (args.out / "campaign.json").write_text(json.dumps(results, indent=1) + "\n")
+
+
 def run_all(args, campaign):
     results, begun = [], time.monotonic()
     with concurrent.futures.ThreadPoolExecutor(args.workers) as pool:
@@ -254,6 +262,7 @@ def run_all(args, campaign):
                           f"again: tests/campaign.py --seed {result['seed']}", flush=True)
             if len(results) % 50 == 0:
                 print(f"{len(results)} plans", file=sys.stderr, flush=True)
+                write(args, results, table(results))
 
 
 def parse():
@@ -283,10 +292,7 @@ def main():
     if left:
         text += f"\n\nleft in /dev/shm: {sorted(left)}"
     print(text)
-    if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "campaign.md").write_text(text + "\n")
-        (args.out / "campaign.json").write_text(json.dumps(results, indent=1) + "\n")
+    write(args, results, text)
     sys.exit(bool(left) or any(r["outcome"] == "FAILED" for r in results))
 
 
