@@ -74,10 +74,17 @@ static bool leave(const siginfo_t *info)
     return takes;
 }
 
-static void take_in_rank(int signal_number)
+/* True when there is no time to save. */
+static bool is_sudden(const siginfo_t *info)
 {
+    bool killed = mode == POE_CONTROL_KILLED_SOON || (mode == POE_CONTROL_LAUNCHED && info->si_pid == getppid());
+    return info->si_signo == SIGTERM && killed;
+}
+
+static void take_in_rank(const siginfo_t *info)
+{
+    int signal_number = info->si_signo;
     int status = signal_number == SIGTERM ? 143 : 130;
-    bool sudden = mode == POE_CONTROL_KILLED_SOON && signal_number == SIGTERM;
     pthread_mutex_lock(&lock);
     bool again = exit_status != 0;
     if (!again && signal_number != SIGUSR2)
@@ -85,7 +92,7 @@ static void take_in_rank(int signal_number)
     pthread_mutex_unlock(&lock);
     if (signal_number == SIGUSR2)
         report_all();
-    else if ((again && signal_number != SIGUSR1) || sudden)
+    else if ((again && signal_number != SIGUSR1) || is_sudden(info))
         end_at_once(status);
     else
         stop_all();
@@ -102,7 +109,7 @@ static bool take(const siginfo_t *info)
     if (mode == POE_CONTROL_STAGE)
         take_in_stage(info->si_signo);
     else if (!leave(info))
-        take_in_rank(info->si_signo);
+        take_in_rank(info);
     return true;
 }
 

@@ -16,7 +16,8 @@
 
 typedef enum poe_control_mode {
     POE_CONTROL_SAVES,       /* there is time to save after any signal */
-    POE_CONTROL_KILLED_SOON, /* not after a SIGTERM */
+    POE_CONTROL_LAUNCHED,    /* a rank whose mpiexec has a launcher of ours, which asks otherwise: not after mpiexec's SIGTERM */
+    POE_CONTROL_KILLED_SOON, /* not after any SIGTERM */
     POE_CONTROL_STAGE,       /* a stage process */
 } poe_control_mode;
 

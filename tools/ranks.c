@@ -200,12 +200,12 @@ static poe_status run_mpi_rank(poe_rank_job *job, poe_status parse_status)
 /* The first processes to be, and the signals, before MPI starts threads. */
 static void start_rank(poe_rank_job *job, poe_status parse_status)
 {
-    bool saves = getenv("POE_PIPE_LAUNCHER") != NULL;
+    bool launched = getenv("POE_PIPE_LAUNCHER") != NULL;
     poe_status status = POE_OK;
     if (parse_status == POE_OK && poe_agents_wanted(job->options))
         status = poe_agents_prepare(job);
     if (status == POE_OK)
-        status = poe_control_start(saves ? POE_CONTROL_SAVES : POE_CONTROL_KILLED_SOON);
+        status = poe_control_start(launched ? POE_CONTROL_LAUNCHED : POE_CONTROL_KILLED_SOON);
     if (status == POE_OK)
         status = poe_mpi_start(&job->rank, &job->size);
     if (status != POE_OK)
