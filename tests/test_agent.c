@@ -778,13 +778,21 @@ static bool take(stage *s, place *p)
     return true;
 }
 
+/* How many messages of a stream may have been sent: each life adds its part, so that kills, and moves, come while
+ * messages flow, however fast the machine is, and only who was killed often enough comes to the end. */
+static uint64_t quota(const stage *s)
+{
+    unsigned lives = atomic_load(&s->board->incarnation);
+    return MESSAGES * (lives < KILLS + 1 ? lives : KILLS + 1) / (KILLS + 1);
+}
+
 static bool advance_stream(stage *s, int stream)
 {
     place *in = &s->in[stream], *out = &s->out[stream];
     bool moved = false;
     while (in->begun < MESSAGES && in->begun < in->done + POSTED)
         receive_next(s, stream);
-    while (out->begun < MESSAGES && out->begun < out->done + WINDOW && (stream || out->begun < s->credit + WINDOW)) {
+    while (out->begun < quota(s) && out->begun < out->done + WINDOW && (stream || out->begun < s->credit + WINDOW)) {
         send_next(s, stream);
         moved = true;
     }
