@@ -152,8 +152,8 @@ bool poe_comm_replays(const poe_comm *comm)
     return comm->journal.replay || (board && comm->chain->calls < atomic_load(&board->calls));
 }
 
-/* Writes an outcome down, or reads it. */
-static void keep(poe_comm *comm, void *value, size_t bytes)
+/* Writes it down, or reads it. */
+void poe_comm_remember(poe_comm *comm, void *value, size_t bytes)
 {
     poe_journal *j = &comm->journal;
     if (!j->at || !bytes)
@@ -168,18 +168,13 @@ static void keep(poe_comm *comm, void *value, size_t bytes)
     }
 }
 
-void poe_comm_remember(poe_comm *comm, void *value, size_t bytes)
-{
-    keep(comm, value, bytes);
-}
-
 /* A bracket begins with where it ends. */
 bool poe_comm_begin_once(poe_comm *comm)
 {
     poe_journal *j = &comm->journal;
     uint64_t end = 0;
     j->once = j->at ? atomic_load(j->bytes) : 0;
-    keep(comm, &end, sizeof(end));
+    poe_comm_remember(comm, &end, sizeof(end));
     if (!j->replay)
         return true;
     j->read = end;
@@ -198,7 +193,7 @@ void poe_comm_end_once(poe_comm *comm)
 static void complete(poe_comm *comm, void *outcome, size_t bytes)
 {
     poe_board *board = poe_comm_board(comm);
-    keep(comm, outcome, bytes);
+    poe_comm_remember(comm, outcome, bytes);
     if (board && comm->chain->calls > atomic_load(&board->calls))
         atomic_store(&board->calls, comm->chain->calls);
 }
@@ -240,7 +235,7 @@ static poe_status gather(poe_comm *comm, call_kind kind, const char *name, const
     chain->calls++;
     chain->name = name;
     if (comm->journal.replay) {
-        keep(comm, all, (size_t)whole.end * bytes);
+        poe_comm_remember(comm, all, (size_t)whole.end * bytes);
         return status;
     }
     for (int i = 0; status == POE_OK && i < chain->n_children; i++)
@@ -279,7 +274,7 @@ poe_status poe_comm_broadcast(poe_comm *comm, int root, void *data, size_t bytes
     chain->calls++;
     chain->name = "a broadcast";
     if (comm->journal.replay) {
-        keep(comm, data, bytes);
+        poe_comm_remember(comm, data, bytes);
         return status;
     }
     for (int i = 0; status == POE_OK && i < chain->n_children; i++)

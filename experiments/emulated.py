@@ -80,6 +80,14 @@ def steady(steps):
     return dict(step=max(rank["wall"] for rank in each), idle=1 - sum(shares[name] for name in BUSY), shares=shares, ranks=each)
 
 
+def plot(script):
+    """These lines by gnuplot; an experiment without it has no picture, and all else."""
+    try:
+        subprocess.run(["gnuplot"], input="\n".join(script) + "\n", text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        print(f"no picture: {error}", file=sys.stderr)
+
+
 class Points:
     """Measured points by name, kept in a JSON file from the moment each is finished."""
 

@@ -2,7 +2,6 @@
  * Reading --fault. A rule is a kind and KEY=VALUE words; a log's lines about faults are rules too. */
 #include <ctype.h>
 #include <errno.h>
-#include <math.h>
 #include <stdarg.h>
 #include <stdlib.h>
 #include <string.h>
@@ -73,26 +72,9 @@ static bool read_count(const char *text, int64_t low, int64_t high, int64_t *cou
     return *end == '\0' && errno == 0 && value >= low && value <= high;
 }
 
-/* A number with one of the units behind it. */
-static bool read_number(const char *text, const char *const *units, const double *factors, double *value)
-{
-    char *end;
-    if (!isdigit((unsigned char)*text) && *text != '.')
-        return false;
-    *value = strtod(text, &end);
-    for (int i = 0; units[i]; i++)
-        if (strcmp(end, units[i]) == 0) {
-            *value *= factors[i];
-            return isfinite(*value);
-        }
-    return false;
-}
-
 static bool read_time(const char *text, double longest, double *seconds)
 {
-    static const char *const units[] = {"us", "ms", "s", NULL};
-    return read_number(text, units, (const double[]){1e-6, 1e-3, 1}, seconds) && *seconds >= 1e-3 &&
-           *seconds <= longest;
+    return poe_rules_seconds(text, longest, seconds) && *seconds >= 1e-3;
 }
 
 static poe_status read_rank_of(const reader *r, const char *key, const char *value, int *rank)
@@ -178,7 +160,7 @@ static poe_status read_steps(reader *r, char *value)
 static poe_status read_duty(reader *r, char *value)
 {
     static const char *const units[] = {"", NULL};
-    if (read_number(value, units, (const double[]){1}, &r->into->duty) && r->into->duty >= 0.01 && r->into->duty < 1)
+    if (poe_rules_number(value, units, (const double[]){1}, &r->into->duty) && r->into->duty >= 0.01 && r->into->duty < 1)
         return POE_OK;
     return wrong(r, "duty", value, "the share of the time that is left, from 0.01 to below 1");
 }
@@ -196,7 +178,7 @@ static poe_status read_cap(reader *r, char *value)
 {
     static const char *const units[] = {"MiB", "GiB", NULL};
     double bytes;
-    if (!read_number(value, units, (const double[]){0x1p20, 0x1p30}, &bytes) || bytes < 0x1p20 || bytes > 0x1p40)
+    if (!poe_rules_number(value, units, (const double[]){0x1p20, 0x1p30}, &bytes) || bytes < 0x1p20 || bytes > 0x1p40)
         return wrong(r, "cap", value, "the memory taken at most, from 1MiB to 1024GiB");
     r->into->cap = (uint64_t)bytes;
     return POE_OK;

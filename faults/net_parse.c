@@ -51,37 +51,21 @@ static poe_status refuse(const reader *r, const char *format, ...)
 }
 
 /* --- values --------------------------------------------------------------------------------------------------------- */
-/* A number that is not negative, with one of the units behind it. */
-static bool read_number(const char *text, const char *const *units, const double *factors, double *value)
-{
-    char *end;
-    if (!isdigit((unsigned char)*text) && *text != '.')
-        return false;
-    *value = strtod(text, &end);
-    for (int i = 0; units[i]; i++)
-        if (strcmp(end, units[i]) == 0) {
-            *value *= factors[i];
-            return isfinite(*value);
-        }
-    return false;
-}
-
 static bool read_time(const char *text, double *seconds)
 {
-    static const char *const units[] = {"us", "ms", "s", NULL};
-    return read_number(text, units, (const double[]){1e-6, 1e-3, 1}, seconds) && *seconds <= 3600;
+    return poe_rules_seconds(text, 3600, seconds);
 }
 
 static bool read_rate(const char *text, double *bits)
 {
     static const char *const units[] = {"kbit", "Mbit", "Gbit", NULL};
-    return read_number(text, units, (const double[]){1e3, 1e6, 1e9}, bits) && *bits >= 1e3 && *bits <= 1e13;
+    return poe_rules_number(text, units, (const double[]){1e3, 1e6, 1e9}, bits) && *bits >= 1e3 && *bits <= 1e13;
 }
 
 static bool read_share(const char *text, double *share)
 {
     static const char *const units[] = {"%", NULL};
-    return read_number(text, units, (const double[]){0.01}, share) && *share <= 0.5;
+    return poe_rules_number(text, units, (const double[]){0.01}, share) && *share <= 0.5;
 }
 
 static bool read_count(const char *text, uint64_t *count)

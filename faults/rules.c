@@ -2,7 +2,7 @@
 #include "faults/rules.h"
 
 #include <ctype.h>
-#include <stdbool.h>
+#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -22,6 +22,26 @@ poe_status poe_rules_refuse(const char *flag, const char *file, int line, const 
         snprintf(place, sizeof(place), "%.200s, line %d, ", file, line);
     poe_error("%s %s'%.*s%s': %s", flag, place, SHOWN, rule, strlen(rule) > SHOWN ? "..." : "", text);
     return POE_BAD_INPUT;
+}
+
+bool poe_rules_number(const char *text, const char *const *units, const double *factors, double *value)
+{
+    char *end;
+    if (!isdigit((unsigned char)*text) && *text != '.')
+        return false;
+    *value = strtod(text, &end);
+    for (int i = 0; units[i]; i++)
+        if (strcmp(end, units[i]) == 0) {
+            *value *= factors[i];
+            return isfinite(*value);
+        }
+    return false;
+}
+
+bool poe_rules_seconds(const char *text, double longest, double *seconds)
+{
+    static const char *const units[] = {"us", "ms", "s", NULL};
+    return poe_rules_number(text, units, (const double[]){1e-6, 1e-3, 1}, seconds) && *seconds <= longest;
 }
 
 char *poe_rules_trim(char *text)

@@ -5,6 +5,7 @@
 #define POE_FAULTS_RULES_H
 
 #include <stdarg.h>
+#include <stdbool.h>
 
 #include "src/status.h"
 
@@ -23,6 +24,11 @@ poe_status poe_rules_read(const poe_rules *rules, const char *value);
 
 /* Says what is wrong with the rule at hand, and where it stands (`file` NULL: in the flag's own value); POE_BAD_INPUT. */
 poe_status poe_rules_refuse(const char *flag, const char *file, int line, const char *rule, const char *format, va_list args);
+
+/* A number that is not negative, with one of the units behind it, which multiply it. */
+bool poe_rules_number(const char *text, const char *const *units, const double *factors, double *value);
+/* A time of at most `longest` seconds, in us, ms or s. */
+bool poe_rules_seconds(const char *text, double longest, double *seconds);
 
 /* Without white space at its ends; written to. */
 char *poe_rules_trim(char *text);

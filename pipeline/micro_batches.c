@@ -142,12 +142,7 @@ static poe_status forward(poe_micro_batches *m, poe_batch *batch, int slot)
     return poe_streams_send_batch(&r->streams, batch);
 }
 
-/* The micro-batch's gradients stay out, or are found to be those that should. */
-static bool is_left_out(poe_micro_batches *m, const poe_batch *batch)
-{
-    return poe_recovery_is_left_out(m->run, batch->step, batch->micro);
-}
-
+/* Whether the micro-batch's gradients are those that should have stayed out. */
 static void examine(poe_micro_batches *m, const poe_batch *batch)
 {
     if (poe_recovery_examines(m->run, batch->step) && !poe_shared_gradients_finite(&m->run->shared))
@@ -187,7 +182,7 @@ static poe_status backward(poe_micro_batches *m, const poe_batch *batch, int slo
         status = poe_streams_input_gradient(streams, batch, &d_in);
     if (status == POE_OK)
         status = before_backward(m, batch);
-    if (status == POE_OK && !is_left_out(m, batch))
+    if (status == POE_OK && !poe_recovery_is_left_out(m->run, batch->step, batch->micro))
         status = compute_backward(m, batch, slot, input, &d_out, &d_in);
     if (status != POE_OK)
         return status;

@@ -46,8 +46,7 @@ static void say_beginning(const poe_run *r, int64_t step)
         return;
     poe_outage_describe_rest(r->index, rest);
     poe_warn("the run goes on without its stage from step %lld on, as the model of %s (--outage continue): --fault "
-             "says that "
-             "it cannot work",
+             "says that it cannot work",
              (long long)step, rest);
 }
 

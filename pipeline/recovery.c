@@ -17,12 +17,11 @@ static uint64_t place_of(int64_t step, int micro)
 static poe_attendance end_absence(poe_run *r, int64_t step, int micro)
 {
     poe_absence *a = &r->absence;
-    bool there = step == a->step && micro >= a->micro;
     if (step < a->from)
         return POE_PRESENT;
     if (step < a->step || (step == a->step && micro < a->micro))
         return POE_ABSENT;
-    if (there && a->micro > 0)
+    if (step == a->step && a->micro > 0)
         return POE_RETURNING;
     a->ends = false;
     poe_warn("stage %d goes on without its own updates of steps %lld to %lld; its gradients of what it had under way "
@@ -84,28 +83,22 @@ bool poe_recovery_stops_after(poe_run *r, int64_t step)
     return atomic_load(&board->stop_step) == step;
 }
 
-/* The next process goes on from the snapshot. */
-static _Noreturn void end_for_another(void)
-{
-    poe_temporary_remove_all();
-    fflush(NULL);
-    _exit(POE_BOARD_AGAIN);
-}
-
 bool poe_recovery_leaves(const poe_run *r)
 {
     const poe_board *board = poe_comm_board(r->comm);
     return board && atomic_load(&board->leave);
 }
 
-void poe_recovery_leave(void)
+_Noreturn void poe_recovery_leave(void)
 {
-    end_for_another();
+    poe_temporary_remove_all();
+    fflush(NULL);
+    _exit(POE_BOARD_AGAIN);
 }
 
 /* --- what is not finite ----------------------------------------------------------------------------------------- */
 
-static bool is_noted(const poe_run *r, int64_t step, int micro)
+bool poe_recovery_is_left_out(const poe_run *r, int64_t step, int micro)
 {
     const poe_board *board = poe_comm_board(r->comm);
     int n = board ? atomic_load(&board->n_left_out) : 0;
@@ -115,33 +108,27 @@ static bool is_noted(const poe_run *r, int64_t step, int micro)
     return false;
 }
 
-bool poe_recovery_is_left_out(const poe_run *r, int64_t step, int micro)
-{
-    return is_noted(r, step, micro);
-}
-
 bool poe_recovery_examines(const poe_run *r, int64_t step)
 {
-    return is_noted(r, step, -1);
+    return poe_recovery_is_left_out(r, step, -1);
 }
 
 bool poe_recovery_leave_out(poe_run *r, int64_t step, int micro, const char *what)
 {
     poe_board *board = poe_comm_board(r->comm);
     int n = board ? atomic_load(&board->n_left_out) : 0;
-    if (strcmp(r->options->on_nan, "skip") != 0 || !board || n == POE_BOARD_LEFT_OUT || is_noted(r, step, micro))
+    if (strcmp(r->options->on_nan, "skip") != 0 || !board || n == POE_BOARD_LEFT_OUT ||
+        poe_recovery_is_left_out(r, step, micro))
         return false;
     if (micro >= 0)
         poe_warn("step %lld, micro-batch %d: %s of stage %d is not finite: the stage goes back to its snapshot, and "
-                 "leaves this "
-                 "micro-batch's gradients out",
+                 "leaves this micro-batch's gradients out",
                  (long long)step, micro, what, r->index);
     else
         poe_warn("step %lld: %s of stage %d is not finite: the stage goes back to its snapshot, and looks for the "
-                 "micro-batch "
-                 "that it comes from",
+                 "micro-batch that it comes from",
                  (long long)step, what, r->index);
     atomic_store(&board->left_out[n], place_of(step, micro));
     atomic_store(&board->n_left_out, n + 1);
-    end_for_another();
+    poe_recovery_leave();
 }

@@ -26,7 +26,6 @@ import argparse
 import concurrent.futures
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -271,10 +270,7 @@ def draw(result, path):
             data += [f"{r['micro']} {100 * r['measured']['idle']}" for r in own if r["measured"]] + ["e"]
             curves.append(f"'-' with points pointtype 7 {look} notitle")
         script += [f"set title 'P = {p}'", "plot " + ", ".join(curves), *data]
-    try:
-        subprocess.run(["gnuplot"], input="\n".join(script) + "\n", text=True, check=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        print(f"no picture: {error}", file=sys.stderr)
+    emulated.plot(script)
 
 
 def parse():
