@@ -14,16 +14,21 @@
 #include <sys/statvfs.h>
 #include <unistd.h>
 
+#include "pipeline/copies.h"
 #include "pipeline/snapshot.h"
 #include "pipeline/stage_file.h"
 #include "src/crc32c.h"
 #include "src/log.h"
 #include "src/manifest.h"
+#include "src/moment.h"
 
 struct poe_checkpoint_store {
     poe_comm *comm;
     int keep;
     int leader;                /* the lowest rank that sees the same folder */
+    int leaders[POE_MAX_STAGES]; /* of every rank */
+    poe_copies copies;         /* with them; else all zero */
+    const char *history;       /* this rank's file that is copied along; NULL: none */
     char folder[POE_PATH_MAX]; /* OUT/checkpoints */
 };
 
@@ -93,7 +98,7 @@ static poe_status find_leader(poe_checkpoint_store *store)
     if (!status) {
         store->leader = anew ? lowest_visible(store, run, rank) : -1;
         poe_comm_remember(store->comm, &store->leader, sizeof(store->leader));
-        status = poe_comm_barrier(store->comm, "the ranks that share a folder");
+        status = poe_comm_gather(store->comm, &store->leader, store->leaders, sizeof(store->leader));
     }
     unlink(marker);
     poe_temporary_forget(marker);
@@ -125,8 +130,20 @@ poe_status poe_checkpoint_store_open(poe_comm *comm, const char *out, int keep, 
     return POE_OK;
 }
 
+poe_status poe_checkpoint_store_copy(poe_checkpoint_store *store, uint64_t run, const char *history)
+{
+    store->history = history;
+    poe_log_hold();
+    poe_status status = agree(store->comm, poe_copies_open(&store->copies, store->comm, store->leaders, run));
+    if (!status && !poe_copies_any(&store->copies) && poe_comm_rank(store->comm) == 0)
+        poe_warn("--save-to peer: all ranks write into one folder, so no checkpoint is copied to another one");
+    return status;
+}
+
 void poe_checkpoint_store_close(poe_checkpoint_store *store)
 {
+    if (store)
+        poe_copies_close(&store->copies);
     free(store);
 }
 
@@ -142,6 +159,8 @@ typedef struct saving {
     json_t *facts; /* rank 0's, with what load needs to know */
     char temporary[POE_PATH_MAX], final[POE_PATH_MAX];
     poe_manifest_file own, shared; /* shared: leaders */
+    poe_manifest_file history;     /* with copies, of who has one */
+    poe_manifest_file all[POE_MAX_STAGES], histories[POE_MAX_STAGES]; /* of every rank */
     bool again;                    /* a process before this one may have got some way */
     bool published, exchanged;     /* has its final name; the temporary name has what had it before */
 } saving;
@@ -221,30 +240,35 @@ static poe_status make_folder(const saving *s)
     return status ? status : poe_make_directories(s->temporary);
 }
 
-/* The disk has to hold the files of all ranks that share the folder. */
+static bool copies(const saving *s)
+{
+    return poe_copies_any(&s->store->copies);
+}
+
+/* Whether what rank r writes, or a copy of it, lies in this rank's folder. */
+static bool is_here(const saving *s, int r)
+{
+    const poe_checkpoint_store *store = s->store;
+    int holder = copies(s) ? store->copies.holders[r] : -1;
+    return store->leaders[r] == store->leader || (holder >= 0 && store->leaders[holder] == store->leader);
+}
+
+/* The disk has to hold the files of all ranks that share the folder, and of those whose copies they keep. */
 static poe_status prepare(saving *s)
 {
-    typedef struct need {
-        int64_t leader;
-        uint64_t bytes;
-    } need;
     poe_comm *comm = s->store->comm;
     int size = poe_comm_size(comm);
-    need mine = {.leader = s->store->leader};
-    if (s->stage_number >= 0)
-        mine.bytes = poe_stage_file_bytes(s->stage, s->stage_number, s->pending);
-    if (s->leads)
-        mine.bytes += poe_shared_file_bytes(s->stage, s->pending);
-    need all[POE_MAX_STAGES];
+    uint64_t mine = s->stage_number >= 0 ? poe_stage_file_bytes(s->stage, s->stage_number, s->pending) : 0;
+    uint64_t all[POE_MAX_STAGES];
     poe_status status = poe_comm_gather(comm, &mine, all, sizeof(mine));
     if (status)
         return status;
     poe_log_hold();
     poe_status local = POE_OK;
     if (s->leads && !poe_comm_replays(comm)) {
-        uint64_t needed = 0;
+        uint64_t needed = poe_shared_file_bytes(s->stage, s->pending);
         for (int r = 0; r < size; r++)
-            needed += all[r].leader == s->store->leader ? all[r].bytes : 0;
+            needed += is_here(s, r) ? all[r] : 0;
         local = check_space(s->store->folder, needed);
         if (!local)
             local = make_folder(s);
@@ -252,12 +276,15 @@ static poe_status prepare(saving *s)
     return save_agree(s, local);
 }
 
-/* Its length and checksum, for the manifest, are those of what the disk gives back; or of nothing, when a process before
- * this one has given them and the folder has got its final name. */
-static poe_status measure_file(const saving *s, const char *path, poe_manifest_file *file)
+/* Its length and checksum, for the manifest, are those of what the disk gives back; from under the final name, when a process
+ * before this one has got so far. */
+static poe_status measure_file(const saving *s, poe_manifest_file *file)
 {
-    bool gone = poe_comm_replays(s->store->comm) && access(path, F_OK) != 0;
-    return gone ? POE_OK : poe_checksum_file(path, &file->size, &file->crc);
+    char path[POE_PATH_MAX];
+    poe_status status = poe_path(path, "%s/%s", s->temporary, file->name);
+    if (!status && poe_comm_replays(s->store->comm) && access(path, F_OK) != 0)
+        status = poe_path(path, "%s/%s", s->final, file->name);
+    return status ? status : poe_checksum_file(path, &file->size, &file->crc);
 }
 
 static poe_status write_own(saving *s)
@@ -269,7 +296,7 @@ static poe_status write_own(saving *s)
     poe_status status = poe_path(path, "%s/%s", s->temporary, s->own.name);
     if (!status && !poe_comm_replays(s->store->comm))
         status = poe_stage_file_write(path, s->step, s->stage, s->stage_number, s->pending);
-    return status ? status : measure_file(s, path, &s->own);
+    return status ? status : measure_file(s, &s->own);
 }
 
 static poe_status write_shared(saving *s)
@@ -279,7 +306,25 @@ static poe_status write_shared(saving *s)
     poe_status status = poe_path(path, "%s/%s", s->temporary, s->shared.name);
     if (!status && !poe_comm_replays(s->store->comm))
         status = poe_shared_file_write(path, s->step, s->stage, s->pending);
-    return status ? status : measure_file(s, path, &s->shared);
+    return status ? status : measure_file(s, &s->shared);
+}
+
+/* As far as it goes now. */
+static poe_status write_history(saving *s)
+{
+    char path[POE_PATH_MAX], *text = NULL;
+    size_t size = 0;
+    if (!copies(s) || !s->store->history)
+        return POE_OK;
+    strcpy(s->history.name, POE_CHECKPOINT_HISTORY);
+    poe_status status = poe_path(path, "%s/%s", s->temporary, s->history.name);
+    if (!status && !poe_comm_replays(s->store->comm)) {
+        status = poe_read_file(s->store->history, "history of the run", &text, &size);
+        if (!status)
+            status = poe_write_file(path, text, size);
+        free(text);
+    }
+    return status ? status : measure_file(s, &s->history);
 }
 
 static poe_status write_files(saving *s)
@@ -288,16 +333,39 @@ static poe_status write_files(saving *s)
     poe_status status = write_own(s);
     if (!status && s->leads)
         status = write_shared(s);
+    if (!status)
+        status = write_history(s);
+    status = save_agree(s, status);
+    if (!status)
+        status = poe_comm_gather(s->store->comm, &s->own, s->all, sizeof(s->own));
+    if (!status && copies(s))
+        status = poe_comm_gather(s->store->comm, &s->history, s->histories, sizeof(s->history));
+    return status;
+}
+
+static poe_status copy_files(saving *s)
+{
+    if (!copies(s))
+        return POE_OK;
+    bool done = poe_comm_replays(s->store->comm);
+    poe_log_hold();
+    poe_status status = poe_copies_exchange(&s->store->copies, s->step, s->temporary, s->all, done);
+    if (status != POE_PEER_LOST) {
+        poe_status second = poe_copies_exchange(&s->store->copies, s->step, s->temporary, s->histories, done);
+        status = status ? status : second;
+    }
     return save_agree(s, status);
 }
 
 /* Of files of one name, which replicas wrote into different folders, this rank's is the one that is here. */
-static int list_files(const saving *s, const poe_manifest_file *all, poe_manifest_file *files)
+static int list_files(const saving *s, poe_manifest_file *files)
 {
     int n = 0, rank = poe_comm_rank(s->store->comm);
     for (int r = 0; r < poe_comm_size(s->store->comm); r++) {
-        if (all[r].name[0] && (r == rank || strcmp(all[r].name, s->own.name) != 0))
-            files[n++] = all[r];
+        if (s->all[r].name[0] && (r == rank || strcmp(s->all[r].name, s->own.name) != 0))
+            files[n++] = s->all[r];
+        if (s->histories[r].name[0] && is_here(s, r))
+            files[n++] = s->histories[r];
     }
     files[n++] = s->shared;
     return n;
@@ -305,11 +373,8 @@ static int list_files(const saving *s, const poe_manifest_file *all, poe_manifes
 
 static poe_status write_manifest(saving *s)
 {
-    poe_manifest_file all[POE_MAX_STAGES], files[POE_MAX_STAGES + 1];
-    poe_status status = poe_comm_gather(s->store->comm, &s->own, all, sizeof(s->own));
-    if (status)
-        return status;
-    int n = list_files(s, all, files);
+    poe_manifest_file files[2 * POE_MAX_STAGES + 1];
+    int n = list_files(s, files);
     poe_log_hold();
     poe_status local = POE_OK;
     if (s->leads && !poe_comm_replays(s->store->comm)) {
@@ -360,17 +425,24 @@ static poe_status publish(saving *s)
     return status;
 }
 
-static poe_status save(saving *s, const json_t *facts)
+static poe_status begin(saving *s, const json_t *facts)
 {
     poe_status status = share_facts(s, facts);
+    return status ? status : prepare(s);
+}
+
+/* The number of the part that is about to begin stands where moments have their micro-batch. */
+static poe_status save(saving *s, const json_t *facts)
+{
+    poe_status (*const parts[])(saving *s) = {write_files, copy_files, write_manifest, publish};
+    const int n = sizeof(parts) / sizeof(parts[0]);
+    poe_status status = begin(s, facts);
+    for (int i = 0; i < n && !status; i++) {
+        poe_moment(POE_PHASE_CHECKPOINT, s->step, i);
+        status = parts[i](s);
+    }
     if (!status)
-        status = prepare(s);
-    if (!status)
-        status = write_files(s);
-    if (!status)
-        status = write_manifest(s);
-    if (!status)
-        status = publish(s);
+        poe_moment(POE_PHASE_CHECKPOINT, s->step, n);
     return status;
 }
 
@@ -450,19 +522,15 @@ poe_status poe_checkpoint_load(const char *folder, const json_t *facts, poe_stag
     return status;
 }
 
-poe_status poe_checkpoint_load_layers(const char *folder, const json_t *facts, int last_stage, poe_model *model)
+poe_status poe_checkpoint_load_layers(const char *folder, const json_t *facts, int stage_number, poe_model *model)
 {
-    for (int k = 0; k <= last_stage; k++) {
-        char path[POE_PATH_MAX], name[32];
-        int first = model->first_layer[k];
-        snprintf(name, sizeof(name), "stage-%03d.h5", k);
-        poe_status status = checked_path(folder, facts, name, path);
-        if (!status)
-            status = poe_stage_file_read_layers(path, first, model->first_layer[k + 1], &model->layers[first]);
-        if (status)
-            return status;
-    }
-    return POE_OK;
+    char path[POE_PATH_MAX], name[32];
+    int first = model->first_layer[stage_number];
+    snprintf(name, sizeof(name), "stage-%03d.h5", stage_number);
+    poe_status status = checked_path(folder, facts, name, path);
+    if (status)
+        return status;
+    return poe_stage_file_read_layers(path, first, model->first_layer[stage_number + 1], &model->layers[first]);
 }
 
 /* --- finding ---------------------------------------------------------------------------------------------------- */

@@ -27,9 +27,15 @@ typedef struct poe_pending {
 
 typedef struct poe_checkpoint_store poe_checkpoint_store;
 
+/* What a copied history is called in a checkpoint's folder. */
+#define POE_CHECKPOINT_HISTORY "metrics.jsonl"
+
 /* Prepares OUT/checkpoints, finds the leader among the ranks that share the folder, removes what killed runs left.
  * `comm` is borrowed. */
 poe_status poe_checkpoint_store_open(poe_comm *comm, const char *out, int keep, poe_checkpoint_store **store);
+/* From now on every stage's file goes into the folder of another rank too (copies.h), where there is one; else rank 0 says
+ * that there is not. So does `history` (borrowed; NULL: this rank has none), as long as it is then. */
+poe_status poe_checkpoint_store_copy(poe_checkpoint_store *store, uint64_t run, const char *history);
 void poe_checkpoint_store_close(poe_checkpoint_store *store);
 /* True on the one rank, of those that share this folder, that writes what is there once. Not collective. */
 bool poe_checkpoint_store_leads(const poe_checkpoint_store *store);
@@ -50,8 +56,8 @@ poe_status poe_checkpoint_save(poe_checkpoint_store *store, int64_t step, poe_st
  * be NULL) has `floats` set, memory for `held` and for as many totals as the facts' "pending_totals" says. */
 poe_status poe_checkpoint_load(const char *folder, const json_t *facts, poe_stage *stage, int stage_number,
                                poe_pending *pending);
-/* Not collective. The layers' own windows and value embeddings, as stored, into model->layers for stages 0..last. */
-poe_status poe_checkpoint_load_layers(const char *folder, const json_t *facts, int last_stage, poe_model *model);
+/* Not collective. One stage's layers' own windows and value embeddings, as stored, into model->layers. */
+poe_status poe_checkpoint_load_layers(const char *folder, const json_t *facts, int stage_number, poe_model *model);
 
 /* Collective. Which checkpoint to resume from: `what` is a run folder, a checkpoint folder, or "latest" (the newest one
  * under `out` that is valid on every rank). Damaged ones are named; with `use_older` the newest whole one before them

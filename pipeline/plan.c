@@ -425,9 +425,9 @@ static poe_status measure_memory(const poe_plan_settings *s, const poe_options *
     int threads = poe_run_threads(o, s->n_ranks);
     poe_layout layout;
     poe_layout_init(&layout, o, s->n_ranks);
-    for (int k = 0; status == POE_OK && k < s->n_ranks; k++) {
-        status = poe_run_size(o, model, &layout, poe_layout_stage(&layout, k), threads, &plan->memory[k]);
-    }
+    bool agents = poe_options_agents(o, s->n_ranks);
+    for (int k = 0; status == POE_OK && k < s->n_ranks; k++)
+        status = poe_run_size(o, model, &layout, poe_layout_stage(&layout, k), threads, agents, &plan->memory[k]);
     free(model);
     return status;
 }

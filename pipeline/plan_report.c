@@ -65,7 +65,7 @@ static int layers_at(const poe_plan *plan, int rank)
 
 static double memory_at(const poe_plan *plan, int rank)
 {
-    return (double)poe_run_memory_total(&plan->memory[rank]);
+    return (double)(poe_run_memory_total(&plan->memory[rank]) + plan->memory[rank].snapshots);
 }
 
 static bool alike(const poe_plan *plan, int a, int b)
@@ -210,10 +210,10 @@ static json_t *case_json(const poe_plan *plan, const poe_plan_case *c)
 
 static json_t *memory_json(const poe_run_memory *m)
 {
-    return json_pack("{s:f, s:f, s:f, s:f, s:f, s:f, s:f, s:s}", "parameters", (double)m->parameters, "gradients",
+    return json_pack("{s:f, s:f, s:f, s:f, s:f, s:f, s:f, s:f, s:s}", "parameters", (double)m->parameters, "gradients",
                      (double)m->gradients, "optimizer", (double)m->optimizer, "activations", (double)m->activations,
                      "pending", (double)m->pending, "messages", (double)m->messages, "scratch", (double)m->scratch,
-                     "recompute", poe_recompute_name(m->recompute));
+                     "snapshots", (double)m->snapshots, "recompute", poe_recompute_name(m->recompute));
 }
 
 static json_t *ranks_json(const poe_plan_settings *s, const poe_plan *plan)

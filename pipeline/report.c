@@ -92,12 +92,12 @@ static void print_shared(const poe_model *m, const poe_layout *l)
            poe_layout_replicated(l) ? "nothing: every rank has all of it" : what[m->config.objective]);
 }
 
-/* What agents take beside the stage processes: `snapshot` is the largest rank's. */
-static void print_agents(const poe_options *o, uint64_t snapshot)
+/* What agents take beside the stage processes: `snapshots` are the largest rank's. */
+static void print_agents(const poe_options *o, uint64_t snapshots)
 {
     char twice[32], log[32];
     printf("agents          up to %s more for each rank's snapshots (its weights, optimiser and waiting sums, twice), and "
-           "%s for messages (--log-limit)\n", mib(2 * (double)snapshot, twice), mib((double)o->log_limit, log));
+           "%s for messages (--log-limit)\n", mib((double)snapshots, twice), mib((double)o->log_limit, log));
 }
 
 /* `known`: the ranks' own figures; NULL: as these flags would have them, refused behind the table when too much. */
@@ -105,24 +105,23 @@ static poe_status print_stages(const poe_options *o, const poe_model *m, const p
                                const poe_run_memory *known, bool agents)
 {
     poe_status refused = POE_OK;
-    uint64_t snapshot = 0;
+    uint64_t snapshots = 0;
     printf("\n stage  layers  parameters       weights  gradients  optimiser  activations  messages   scratch     total"
            "  recompute\n");
     for (int k = 0; k < m->config.n_stages; k++) {
         poe_run_memory memory;
-        poe_status status = known ? POE_OK : poe_run_size(o, m, l, k, threads, &memory);
+        poe_status status = known ? POE_OK : poe_run_size(o, m, l, k, threads, agents, &memory);
         if (status != POE_OK)
             return status;
         const poe_run_memory *figures = known ? &known[k] : &memory;
-        uint64_t kept = figures->parameters + figures->optimizer + figures->pending;
-        snapshot = kept > snapshot ? kept : snapshot;
+        snapshots = figures->snapshots > snapshots ? figures->snapshots : snapshots;
         print_stage(m, k, figures);
         if (!known && refused == POE_OK)
             refused = poe_run_check_memory(o, k, &memory);
     }
     print_shared(m, l);
     if (agents)
-        print_agents(o, snapshot);
+        print_agents(o, snapshots);
     putchar('\n');
     return refused;
 }

@@ -295,7 +295,7 @@ static poe_stage_settings train_settings(const poe_options *o, const poe_layout 
 static poe_status agree_on_memory(poe_run *r)
 {
     poe_run_memory mine;
-    poe_status status = poe_run_size(r->options, &r->model, &r->layout, r->index, r->threads, &mine);
+    poe_status status = poe_run_size(r->options, &r->model, &r->layout, r->index, r->threads, poe_comm_board(r->comm), &mine);
     if (status == POE_OK)
         status = poe_run_check_memory(r->options, r->index, &mine);
     status = poe_comm_agree(r->comm, status);
@@ -329,15 +329,32 @@ static poe_status create_stage(poe_run *r)
     return status;
 }
 
+/* Each rank has its own stage's file, and perhaps no other. */
+static poe_status share_layers(poe_run *r)
+{
+    poe_layer_shape (*all)[POE_MAX_LAYERS] = calloc((size_t)r->size, sizeof(*all));
+    if (!all) {
+        poe_error("out of memory for the layers of all stages");
+        return POE_FAILED;
+    }
+    poe_status status = poe_comm_gather(r->comm, r->model.layers, all, sizeof(*all));
+    for (int k = 0; k < r->n_stages; k++)
+        for (int i = r->model.first_layer[k]; i < r->model.first_layer[k + 1]; i++)
+            r->model.layers[i] = all[k][i];
+    free(all);
+    return status;
+}
+
 static poe_status open_model(poe_run *r)
 {
     poe_status status = poe_settings_model(r->options, r->corpus.vocab_size, &r->model);
     poe_settings_optimizer(r->options, &r->optimizer);
     if (status == POE_OK && r->resumed[0] && !poe_comm_replays(r->comm))
         status = poe_checkpoint_load_layers(r->resumed, r->facts, r->index, &r->model);
-    poe_comm_remember(r->comm, r->model.layers, sizeof(r->model.layers));
     r->threads = poe_run_threads(r->options, poe_comm_host_ranks(r->comm));
     status = poe_comm_agree(r->comm, status);
+    if (status == POE_OK && r->resumed[0])
+        status = share_layers(r);
     if (status == POE_OK && trains(r))
         status = agree_on_memory(r);
     return status == POE_OK ? poe_comm_agree(r->comm, create_stage(r)) : status;
@@ -606,19 +623,31 @@ uint64_t poe_run_memory_total(const poe_run_memory *m)
     return m->parameters + m->gradients + m->optimizer + m->activations + m->pending + m->messages + m->scratch;
 }
 
+static uint64_t needed(const poe_run_memory *memory)
+{
+    return poe_run_memory_total(memory) + memory->snapshots;
+}
+
 static bool fits(const poe_options *o, const poe_run_memory *memory)
 {
-    return !o->memory_limit || poe_run_memory_total(memory) <= (uint64_t)o->memory_limit;
+    return !o->memory_limit || needed(memory) <= (uint64_t)o->memory_limit;
+}
+
+/* Two of all that training goes on from (snapshot.h). */
+static uint64_t snapshot_bytes(const poe_run_memory *m)
+{
+    return 2 * (m->parameters + m->optimizer + m->pending);
 }
 
 poe_status poe_run_size(const poe_options *o, const poe_model *model, const poe_layout *layout, int stage, int threads,
-                        poe_run_memory *memory)
+                        bool agents, poe_run_memory *memory)
 {
     bool chosen = strcmp(o->recompute, "auto") != 0;
     for (poe_recompute recompute = 0; recompute < POE_RECOMPUTE_COUNT; recompute++) {
         if (chosen && strcmp(o->recompute, poe_recompute_name(recompute)) != 0)
             continue;
         poe_status status = size_with(o, model, layout, stage, threads, recompute, memory);
+        memory->snapshots = agents && status == POE_OK ? snapshot_bytes(memory) : 0;
         bool only = poe_schedule_splits(layout->schedule); /* nothing may be made again between the two halves */
         if (status != POE_OK || only || fits(o, memory))
             return status;
@@ -630,8 +659,8 @@ poe_status poe_run_check_memory(const poe_options *o, int stage, const poe_run_m
 {
     if (fits(o, memory))
         return POE_OK;
-    poe_error("--memory-limit: stage %d needs %.1f MiB with --recompute %s, allowed are %.8g MiB", stage,
-              ceil((double)poe_run_memory_total(memory) / 0x1p20 * 10) / 10, poe_recompute_name(memory->recompute),
-              (double)o->memory_limit / 0x1p20);
+    poe_error("--memory-limit: stage %d needs %.1f MiB%s with --recompute %s, allowed are %.8g MiB", stage,
+              ceil((double)needed(memory) / 0x1p20 * 10) / 10, memory->snapshots ? ", its two snapshots included," : "",
+              poe_recompute_name(memory->recompute), (double)o->memory_limit / 0x1p20);
     return POE_BAD_INPUT;
 }

@@ -34,6 +34,7 @@ typedef enum poe_purpose {
  * micro-batches, the kernels' scratch. */
 typedef struct poe_run_memory {
     uint64_t parameters, gradients, optimizer, activations, pending, messages, scratch;
+    uint64_t snapshots;      /* at the agent, where there is one, beside these */
     poe_recompute recompute; /* what backward makes again, so that it is no more */
 } poe_run_memory;
 
@@ -115,12 +116,12 @@ static inline int poe_run_heads(const poe_run *run)
     return run->n_stages - poe_run_first_head(run);
 }
 
-/* With --recompute, or else the first choice that fits --memory-limit (the last when none does). Computed without
- * allocating any of it. */
+/* With --recompute, or else the first choice that fits --memory-limit (the last when none does). `agents`: whether the
+ * rank has one. Computed without allocating any of it. */
 poe_status poe_run_size(const poe_options *options, const poe_model *model, const poe_layout *layout, int stage,
-                        int threads, poe_run_memory *memory);
-uint64_t poe_run_memory_total(const poe_run_memory *memory);
-/* POE_BAD_INPUT when that is more than --memory-limit. */
+                        int threads, bool agents, poe_run_memory *memory);
+uint64_t poe_run_memory_total(const poe_run_memory *memory); /* of the stage, without snapshots */
+/* POE_BAD_INPUT when that and the snapshots are more than --memory-limit. */
 poe_status poe_run_check_memory(const poe_options *options, int stage, const poe_run_memory *memory);
 
 /* Threads of each of `ranks_on_host` ranks: --threads, or the host's cores shared out, at least 1. */

@@ -34,7 +34,8 @@ const char *poe_channel_name(poe_channel channel)
                                         [POE_CHANNEL_CLOCK] = "clock",
                                         [POE_CHANNEL_TRACE] = "trace",
                                         [POE_CHANNEL_SHARED_HEAD] = "gradients of the head",
-                                        [POE_CHANNEL_SHARED_SMEAR] = "gradients of smear"};
+                                        [POE_CHANNEL_SHARED_SMEAR] = "gradients of smear",
+                                        [POE_CHANNEL_COPY] = "copies of a checkpoint"};
     return names[channel];
 }
 

@@ -73,7 +73,6 @@ static poe_status save(trainer *t, int64_t step)
     poe_status status = poe_shared_pending(&r->shared, &pending);
     if (status != POE_OK)
         return status;
-    poe_moment(POE_PHASE_CHECKPOINT, step, -1);
     json_t *facts = r->rank == 0 ? facts_of(r, step, &pending) : NULL;
     /* Replicas have the same to write: whoever leads does it. */
     bool writes = !poe_layout_replicated(&r->layout) || poe_checkpoint_store_leads(r->store);

@@ -257,7 +257,8 @@ static poe_status read_resumed(sources *from, const char *what, const char *out)
     if (status != POE_OK || found)
         return status;
     if (latest) {
-        poe_error("--resume latest: %s/config.json is missing, so no run was started in --out %s", out, out);
+        poe_error("--resume latest: %s/config.json is missing, so no run was started in --out %s; if it was lost, copy the "
+                  "folder from a host that has it (docs/recovery.md)", out, out);
         return POE_BAD_INPUT;
     }
     char manifest[POE_PATH_MAX];

@@ -69,6 +69,7 @@ typedef struct poe_options {
     char export_dtype[POE_OPTION_TEXT];                    /* fp32 | bf16 */
     bool resume_older; /* --resume-older: fall back to the newest whole checkpoint */
     int save_every, keep; /* 0: only at the end; 0: keep all */
+    char save_to[POE_OPTION_TEXT]; /* own | peer */
     /* ranks */
     int ranks;   /* --ranks: start mpiexec with so many; 0: do not */
     int spares;  /* ranks beyond those of the stages, to which a stage can move */

@@ -135,6 +135,8 @@ const poe_option poe_option_table[] = {
     PATH("export", "FILE", export_path, TRAIN | EXPORT, LOCAL, "write the final weights, .safetensors"),
     WORD("export-dtype", export_dtype, "fp32", "fp32|bf16", TRAIN | EXPORT, CHANGEABLE, "their type"),
     INT("save-every", save_every, "0", 0, INT_MAX, TRAIN, CHANGEABLE, "steps between checkpoints; 0: at the end only"),
+    WORD("save-to", save_to, "own", "own|peer", TRAIN, CHANGEABLE,
+         "peer: another rank keeps a copy of each stage's file"),
     INT("keep", keep, "0", 0, INT_MAX, TRAIN, CHANGEABLE, "newest checkpoints to keep; 0: all"),
 #undef GROUP
 #define GROUP "Ranks"

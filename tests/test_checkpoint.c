@@ -533,8 +533,9 @@ static void check_layers(void)
         other.layers[i] = (poe_layer_shape){-1, !model.layers[i].has_value_embed};
     CHECK_INT(poe_checkpoint_load_layers(path, facts, 1, &other), POE_OK);
     for (int i = 0; i < model.n_layers; i++) {
-        CHECK_INT(other.layers[i].window, i < 3 ? model.layers[i].window : -1);
-        CHECK_INT(other.layers[i].has_value_embed, (i < 3) == model.layers[i].has_value_embed);
+        bool loaded = model.first_layer[1] <= i && i < model.first_layer[2];
+        CHECK_INT(other.layers[i].window, loaded ? model.layers[i].window : -1);
+        CHECK_INT(other.layers[i].has_value_embed, loaded == model.layers[i].has_value_embed);
     }
     json_decref(facts);
 }

@@ -6,6 +6,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "comm/agent/board.h"
 #include "comm/mpi/mpi.h"
@@ -86,13 +87,30 @@ static poe_status write_config(const poe_run *r)
     return write_json(path, config);
 }
 
-static poe_status write_tokenizer(const poe_run *r)
+/* Collective, as every folder is to have it: rank 0's, which reads the data. */
+static poe_status write_tokenizer(poe_run *r)
 {
-    char path[POE_PATH_MAX];
-    if (!r->corpus.tokenizer)
-        return POE_OK;
+    char path[POE_PATH_MAX], *text = NULL;
+    size_t size = 0;
+    bool leads = poe_checkpoint_store_leads(r->store), anew = !poe_comm_replays(r->comm);
     poe_status status = poe_path(path, "%s/tokenizer.json", r->out);
-    return status == POE_OK ? poe_tokenizer_write(r->corpus.tokenizer, path) : status;
+    if (status == POE_OK && r->rank == 0 && anew)
+        status = poe_tokenizer_write(r->corpus.tokenizer, path);
+    if (status == POE_OK && r->rank == 0)
+        status = poe_read_file(path, "tokenizer", &text, &size);
+    status = poe_comm_agree(r->comm, status);
+    if (status == POE_OK)
+        status = poe_comm_broadcast(r->comm, 0, &size, sizeof(size));
+    if (status == POE_OK && r->rank > 0 && !(text = malloc(size))) {
+        poe_error("out of memory for the tokenizer");
+        status = POE_PEER_LOST;
+    }
+    if (status == POE_OK)
+        status = poe_comm_broadcast(r->comm, 0, text, size);
+    if (status == POE_OK && r->rank > 0 && leads && anew)
+        status = poe_write_file(path, text, size);
+    free(text);
+    return status;
 }
 
 static poe_status open_metrics(poe_run *r)
@@ -103,6 +121,8 @@ static poe_status open_metrics(poe_run *r)
     poe_status status = poe_path(path, "%s/%s", r->out, name);
     if (status == POE_OK)
         status = poe_path(previous, "%s/%s", r->resumed_run, name);
+    if (status == POE_OK && access(previous, F_OK) != 0) /* its host may be lost, and this be a copy */
+        status = poe_path(previous, "%s/%s", r->resumed, POE_CHECKPOINT_HISTORY);
     if (status == POE_OK && poe_comm_replays(r->comm))
         status = poe_metrics_reopen(&r->metrics, path);
     else if (status == POE_OK)
@@ -127,11 +147,14 @@ static poe_status prepare_folder(poe_run *r)
         status = poe_checkpoint_store_abandon(r->store, r->first_step);
     if (status == POE_OK && anew && poe_checkpoint_store_leads(r->store))
         status = write_config(r);
-    if (status == POE_OK && anew && r->rank == 0)
-        status = write_tokenizer(r);
     if (status == POE_OK && poe_run_is_last(r))
         status = open_metrics(r);
-    return poe_comm_agree(r->comm, status);
+    status = poe_comm_agree(r->comm, status);
+    if (status == POE_OK && r->corpus.has_tokenizer)
+        status = poe_comm_agree(r->comm, write_tokenizer(r));
+    if (status == POE_OK && strcmp(r->options->save_to, "peer") == 0 && !poe_layout_replicated(&r->layout))
+        status = poe_checkpoint_store_copy(r->store, r->id, poe_run_is_last(r) ? r->metrics.path : NULL);
+    return status;
 }
 
 /* --- after the last step --------------------------------------------------------------------------------------------------- */

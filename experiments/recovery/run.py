@@ -6,10 +6,10 @@
     experiments/recovery/run.py
 
 Four ranks under mpiexec, real kernels, real SIGKILLs, for models of several sizes. PoE: agents start the killed stage process
-again, which goes back to its snapshot and repeats what came since. 1f1b: without agents; the job ends, and is started again
-from its last checkpoint.
+again, which goes back to its snapshot and repeats what came since. 1f1b, without agents, whose rank is killed, and PoE whose agent is: the
+job ends, and is started again from its last checkpoint.
 
-Duration: about 12 minutes on two cores; --quick: about a minute, one small model. Ranks share the processors, so steps take
+Duration: about 15 minutes on two cores; --quick: about a minute, one small model. Ranks share the processors, so steps take
 as long as four ranks on this machine do.
 
 Writes into --out (default runs/recovery): recovery.md (the table, also on standard output), recovery.json, recovery.png.
@@ -145,33 +145,40 @@ def measure_poe(args, flags, folder):
         run.end()
 
 
-# --- 1f1b -------------------------------------------------------------------------------------------------------------
+# --- the whole job again ----------------------------------------------------------------------------------------------
 
-def measure_1f1b(args, flags, folder):
+BP = ["--objective", "bp", "--backout", "off", "--schedule", "1f1b", "--agents", "off"]
+
+
+def any_rank(root):
+    return next(p for p in descendants(root) if p != root and os.path.basename(os.readlink(f"/proc/{p}/exe")) == "poe-pipe")
+
+
+def an_agent(root):
+    return named(root, "poe-agent 1")
+
+
+def measure_restarts(args, flags, folder, more, victim):
     """From the kill to the job's end, from the second start to the first step that the first job had not done yet."""
-    out, results = f"{folder}/1f1b", []
-    words = [args.program, "--ranks", 4, *flags, "--objective", "bp", "--backout", "off", "--schedule", "1f1b", "--agents", "off",
-             "--save-every", EVERY]
+    out, results = f"{folder}/again", []
+    words = [args.program, "--ranks", 4, *flags, *more, "--save-every", EVERY]
     for i in range(args.restarts):
         shutil.rmtree(out, ignore_errors=True)
         run = Run([*words, "--num-iterations", 100000, "--out", out])
         wait_for(lambda: steps_done(out) >= EVERY + 3 + 2 * i, "the first checkpoint")
         killed = time.monotonic()
         done = steps_done(out)
-        pid = next(p for p in descendants(run.process.pid)
-                   if os.path.basename(os.readlink(f"/proc/{p}/exe")) == "poe-pipe" and p != run.process.pid)
-        os.kill(pid, signal.SIGKILL)
+        os.kill(victim(run.process.pid), signal.SIGKILL)
         run.process.wait()
         ended = time.monotonic()
         run.end()
-        again = Run([args.program, "--ranks", 4, "--agents", "off", "--resume", out, "--num-iterations", 100000])
+        again = Run([args.program, "--ranks", 4, "--resume", out, "--num-iterations", 100000])
         wait_for(lambda: steps_done(out) < done, "the second start")  # metrics are cut back to the checkpoint
         started = time.monotonic()
         wait_for(lambda: steps_done(out) >= done, "what was lost")
         results.append(dict(ended=ended - killed, started=started - ended, whole=time.monotonic() - killed, steps=done % EVERY))
-        step = step_seconds(out)
         again.end()
-    return results, step
+    return results
 
 
 # --- results ----------------------------------------------------------------------------------------------------------
@@ -181,14 +188,19 @@ def median(results, key):
 
 
 def table(sizes):
-    lines = ["| model | step | noticed after | started | at its snapshot again | back (what it repeated) | longest to snapshot | "
-             "1f1b: job ended after | started again | caught up (steps lost by all) |", "|---" * 10 + "|"]
+    lines = ["| model | step | noticed after | started | at its snapshot again | back (what it repeated) | longest to snapshot |",
+             "|---" * 7 + "|"]
     for name, s in sizes.items():
-        poe, all_again = s["poe"], s["1f1b"]
+        poe = s["poe"]
         lines.append(f"| {name} | {s['step']:.2f} s | {1e3 * median(poe, 'noticed'):.0f} ms | {1e3 * median(poe, 'started'):.0f} ms | "
                      f"{1e3 * median(poe, 'restored'):.0f} ms | {median(poe, 'whole'):.2f} s ({median(poe, 'steps'):.0f} steps) | "
-                     f"{1e3 * max(r['restored'] for r in poe):.0f} ms | {median(all_again, 'ended'):.2f} s | "
-                     f"{median(all_again, 'started'):.2f} s | {median(all_again, 'whole'):.2f} s ({median(all_again, 'steps'):.0f} steps) |")
+                     f"{1e3 * max(r['restored'] for r in poe):.0f} ms |")
+    lines += ["", "| model | what is killed | job ended after | started again | caught up (steps lost by all) |", "|---" * 5 + "|"]
+    for name, s in sizes.items():
+        for what in ("1f1b", "agent"):
+            again, words = s[what], {"1f1b": "1f1b: a rank", "agent": "PoE: an agent"}[what]
+            lines.append(f"| {name} | {words} | {median(again, 'ended'):.2f} s | {median(again, 'started'):.2f} s | "
+                         f"{median(again, 'whole'):.2f} s ({median(again, 'steps'):.0f} steps) |")
     return "\n".join(lines)
 
 
@@ -226,8 +238,9 @@ def main():
     for name, flags in (QUICK if args.quick else SIZES).items():
         with tempfile.TemporaryDirectory() as folder:
             poe, step = measure_poe(args, flags, folder)
-            again, _ = measure_1f1b(args, flags, folder)
-        sizes[name] = dict(poe=poe, step=step, **{"1f1b": again})
+            again = measure_restarts(args, flags, folder, BP, any_rank)
+            lost = measure_restarts(args, flags, folder, [], an_agent)
+        sizes[name] = dict(poe=poe, step=step, agent=lost, **{"1f1b": again})
         print(f"{name}: done", file=sys.stderr, flush=True)
     text = "\n".join([f"{emulated.machine()}, load {load:.1f} at the start; experiments/recovery/run.py {' '.join(sys.argv[1:])}; 4 ranks "
                       f"time-shared; snapshots and checkpoints every {EVERY} steps; medians of {args.kills} and {args.restarts} kills",

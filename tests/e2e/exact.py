@@ -91,7 +91,7 @@ def recompute(folder):
         totals[choice] = stage_totals(poe.flags(data=data, dry_run=True, vocab_size=80, recompute=choice, **options))
     short = int(sum(totals['none'][:2]) / 2 * 2**20)  # between what stages 0 and 1 would like to have
     limited = poe.succeed(poe.flags(data=data, out=f'{folder}/short', export=f'{folder}/short/final.safetensors',
-                                    memory_limit=short, **options), poe.RANKS, 3)
+                                    memory_limit=short, agents='off', **options), poe.RANKS, 3)
     choices = [line.split()[-1] for line in stage_lines(limited.out)]
     poe.check(choices[0] != 'none' and choices[1:] == ['none', 'none'], f'what stages chose: {choices}')
     check_same(one, f'{folder}/short')

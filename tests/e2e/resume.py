@@ -220,6 +220,63 @@ def moved(folder):
     poe.check_same_file(f'{whole}/final.safetensors', f'{folder}/out/final.safetensors')
 
 
+# --- a folder for each rank, as on hosts without a common disk ---------------------------------------------------------
+
+def apart(folder, args, ranks=3):
+    """A run whose rank r works in FOLDER/r, where its --out is run/."""
+    words = ['mpiexec']
+    for r in range(ranks):
+        os.makedirs(f'{folder}/{r}', exist_ok=True)
+        words += [*([':'] if r else []), '-n', '1', '-wdir', f'{folder}/{r}', poe.PROGRAM, *[str(a) for a in args], '--out', 'run']
+    return poe.run_command(words, poe.MPIEXEC)
+
+
+def stage_files(folder, step, r):
+    found = os.listdir(f'{folder}/{r}/run/checkpoints/{step_name(step)}')
+    return sorted(name for name in found if name.startswith('stage'))
+
+
+def lost_hosts(folder):
+    """Whichever host is lost, with its disk, the folder of a rank after it has all that is needed to go on elsewhere."""
+    data = poe.write_text(f'{folder}/text.txt')
+    flags = poe.flags(data=data, vocab_size=290, save_every=2, sync='stale:2', save_to='peer', eval_every=2)
+    whole = apart(f'{folder}/whole', flags)
+    poe.check(whole.code == 0 and not whole.err, whole)
+    for r in range(3):
+        poe.check_equal(stage_files(f'{folder}/whole', N, r), sorted({f'stage-{k:03d}.h5' for k in (r, (r + 2) % 3)}), 'files')
+    for lost, holder in ((0, 1), (1, 2), (2, 0)):
+        at = f'{folder}/lost-{lost}'
+        killed = apart(at, [*flags, '--fault', f'kill-agent rank={lost} step=4 phase=forward'])
+        poe.check(killed.code != 0, killed)
+        shutil.rmtree(f'{at}/{lost}')
+        refused = apart(at, ['--resume', 'latest'])
+        poe.check_refused(refused, 2, 'run/config.json', 'copy')
+        shutil.copytree(f'{at}/{holder}/run', f'{at}/{lost}/run', dirs_exist_ok=True)
+        result = apart(at, ['--resume', 'latest'])
+        poe.check(result.code == 0 and 'at step 4' in result.out, result)
+        for r in range(3):
+            for name in stage_files(f'{folder}/whole', N, r):
+                poe.check_same_file(*(f'{run}/{r}/run/checkpoints/{step_name(N)}/{name}' for run in (f'{folder}/whole', at)))
+        poe.check_equal(poe.metrics(f'{at}/2/run'), poe.metrics(f'{folder}/whole/2/run'), 'metrics')
+
+
+def killed_while_copying(folder):
+    data = poe.write_tokens(f'{folder}/tokens.bin')
+    flags = poe.flags(data=data, save_every=3, save_to='peer')
+    whole = apart(f'{folder}/whole', flags)
+    poe.check(whole.code == 0 and not whole.err, whole)
+    for part in range(5):
+        at = f'{folder}/part-{part}'
+        rules = ';'.join(f'kill rank={r} step=3 phase=checkpoint micro={part}' for r in range(part % 3 + 1))
+        result = apart(at, [*flags, '--fault', rules])
+        poe.check(result.code == 0 and result.err.count('killed') + result.err.count('Killed') == part % 3 + 1, result)
+        for r in range(3):
+            poe.check_equal(poe.leftovers(f'{at}/{r}/run'), [], 'temporary files')
+            for step in (3, N):
+                for name in stage_files(f'{folder}/whole', step, r):
+                    poe.check_same_file(*(f'{run}/{r}/run/checkpoints/{step_name(step)}/{name}' for run in (f'{folder}/whole', at)))
+
+
 def nothing_there(folder):
     for what, word in (('latest', folder), (f'{folder}/none', 'none'), (folder, folder)):
         for launch in (poe.THREADS, poe.RANKS):
@@ -229,4 +286,4 @@ def nothing_there(folder):
 
 poe.main(*[rule_test(r, h) for r, h in (('exact', 'sh'), ('stale', 'ps'), ('stale:2', 'sh'), ('every:3', 'ps'))], text,
          other_transport, in_its_folder, abandoned_checkpoints, keep, finished, changes_said, other_kernels_said, changes_refused, damaged,
-         half_written, moved, nothing_there)
+         half_written, moved, lost_hosts, killed_while_copying, nothing_there)
