@@ -85,7 +85,7 @@ static poe_status rank_times(const poe_calibration *c, const poe_model *model, i
 /* --- a job ------------------------------------------------------------------------------------------------------------- */
 
 /* What is summed: all gradients under ddp, else those of the shared tensors, whose parts are sums of their own. */
-static poe_status sum_bytes(const poe_model *model, bool replicated, poe_theory_job *job)
+static poe_status sum_bytes(const poe_model *model, poe_wire wire, bool replicated, poe_theory_job *job)
 {
     poe_tensor_table table;
     size_t largest = 0;
@@ -96,16 +96,17 @@ static poe_status sum_bytes(const poe_model *model, bool replicated, poe_theory_
         size_t floats = poe_stage_shared_extent(&table, p).floats;
         largest = floats > largest ? floats : largest;
     }
-    job->shared_bytes = (double)table.floats * sizeof(float);
-    job->shared_chunk = fmin((double)largest * sizeof(float), POE_THEORY_CHUNK);
+    job->shared_bytes = (double)poe_wire_bytes(wire, 1, table.floats);
+    job->shared_chunk = fmin((double)poe_wire_bytes(wire, 1, largest), POE_THEORY_CHUNK);
     poe_tensor_table_free(&table);
     return POE_OK;
 }
 
-/* Of the first boundary, in fp32: h, x0 where it crosses, and on the way forward tokens and targets. */
+/* Of the first boundary: h, x0 where it crosses, and on the way forward tokens and targets. */
 static void message_bytes(const poe_options *o, const poe_model *model, poe_theory_job *job)
 {
-    double n = (double)o->device_batch_size * o->sequence_len, crossing = n * o->n_embd * sizeof(float);
+    size_t rows = (size_t)o->device_batch_size * (size_t)o->sequence_len;
+    double n = (double)rows, crossing = (double)poe_wire_bytes(poe_wire_parse(o->wire), rows, (size_t)o->n_embd);
     bool chained = poe_schedule_chained(job->schedule);
     if (model->config.n_stages > 1 && poe_model_crosses_x0(model, 0))
         crossing *= 2;
@@ -148,7 +149,7 @@ static poe_status make_job(const poe_plan_settings *s, const poe_options *o, int
             status = rank_times(s->calibration, model, poe_layout_stage(&layout, k), &job->ranks[k]);
     }
     if (status == POE_OK)
-        status = sum_bytes(model, replicated, job);
+        status = sum_bytes(model, poe_wire_parse(o->wire_shared), replicated, job);
     job->shares = job->shared_bytes > 0 && n_ranks > 1;
     if (status == POE_OK) {
         message_bytes(o, model, job);

@@ -80,6 +80,11 @@ static void test_given(void)
     CHECK_NEAR(plan.up_bytes, plan.cases[0].job.shared_bytes, 1e-12, 0);
     for (int k = 0; k < 4; k++)
         CHECK(poe_run_memory_total(&plan.memory[k]) > 100000);
+    strcpy(options.wire, "int8"); /* a byte each, and a scale a row */
+    strcpy(options.wire_shared, "bf16");
+    CHECK_INT(poe_plan_make(&settings, &plan), POE_OK);
+    CHECK_NEAR(plan.cases[0].job.forward_bytes, 2 * 32 * (32 + 4 + 8), 0, 0);
+    CHECK_NEAR(plan.cases[0].job.shared_bytes, shared / 2, 0, 0);
     poe_options_free(&options);
 
     options = options_of(more, 14);

@@ -20,7 +20,7 @@
 enum { OUTBOX_UNIT = 1 << 16 }; /* a multiple of every page size in use */
 
 /* Freed memory of the log that is held on to, bytes; and the limit of what it holds unless stated. */
-enum { KEEP = 1 << 20, LOG_LIMIT = 256 << 20 };
+enum { KEEP = 64 << 20, LOG_LIMIT = 256 << 20 };
 
 /* How long a relay that leaves waits for its last messages to be gone. */
 static const double farewell = 0.5;

@@ -103,7 +103,9 @@ struct peer {
     line_state state;
     uint32_t epoch;     /* connections so far */
     uint64_t greeted;   /* ANSWERING: what the other side has received */
-    double due;         /* APART: dial; otherwise: give this connection up */
+    double due;         /* APART: dial; otherwise: give this connection up, in JOINED unless it is heard before */
+    double patience;    /* seconds in JOINED until then, while something is not acknowledged */
+    double joined_at;
     double backoff;
     double apart_since; /* 0: never joined, or joined now */
     double refused_since; /* 0: not refused */
@@ -189,6 +191,9 @@ peer *poe_peer_of(fabric *f, int rank);
 void poe_peer_free(peer *p);
 /* There is something for this peer: dials if need be. */
 void poe_line_want(peer *p);
+/* Something came over the connection, or was sent: from now on `patience` counts. */
+void poe_line_heard(peer *p);
+void poe_line_sent(peer *p);
 /* Closes the connection; one that is still needed is made anew. */
 void poe_line_drop(peer *p);
 /* Fails all that is under way and to come with this peer, after the sentence. */

@@ -18,6 +18,9 @@ enum { HALF = POE_SECRET_BYTES / 2, SAID_STRANGERS = 16 };
 static const double answer = 3;   /* seconds to wait for one: a stopped rank's host accepts, and nothing follows */
 static const double soon = 1;
 static const double longest = 1;  /* between two calls */
+static const double quiet = 10;   /* without a sign of who owes one: TCP itself would wait for as long again as an outage has lasted */
+static const double quietest = 80; /* a long message on a slow link looks the same: the time doubles each time ... */
+static const double at_ease = 600; /* ... until the connection has been there for so long */
 static const double gone = 5;     /* an address that refuses calls for so long has lost its rank */
 
 /* --- tokens ------------------------------------------------------------------------------------------------------- */
@@ -123,6 +126,7 @@ peer *poe_peer_of(fabric *f, int rank)
     p->wires = wires;
     p->registered = registered;
     p->due = HUGE_VAL;
+    p->patience = quiet;
     for (int i = 0; i < POE_CHANNELS; i++)
         p->channels[i].allowed = p->channels[i].offered = p->channels[i].told = SLACK;
     f->peers[rank] = p;
@@ -202,6 +206,25 @@ void poe_line_want(peer *p)
 {
     if (p->state == APART && p->due == HUGE_VAL && !p->ended && !p->parked)
         p->due = 0;
+}
+
+static bool owes(const peer *p)
+{
+    return p->acknowledged < p->cursor;
+}
+
+void poe_line_sent(peer *p)
+{
+    if (p->due == HUGE_VAL && owes(p))
+        p->due = poe_now() + p->patience;
+}
+
+void poe_line_heard(peer *p)
+{
+    double now = poe_now();
+    if (now - p->joined_at > at_ease)
+        p->patience = quiet;
+    p->due = owes(p) ? now + p->patience : HUGE_VAL;
 }
 
 /* The lower rank calls at once, the other one only if no call comes. */
@@ -377,6 +400,7 @@ static void joined(peer *p, uint64_t received)
     double now = poe_now();
     p->state = JOINED;
     p->due = HUGE_VAL;
+    p->joined_at = now;
     p->backoff = p->refused_since = 0;
     if (p->apart_since > 0 && !is_lower(p) && !p->moved)
         poe_info("the connection to rank %d broke and was made anew after %.3g s", p->rank, now - p->apart_since);
@@ -484,7 +508,10 @@ void poe_line_timers(fabric *f, double now)
         peer *p = f->peers[rank];
         if (!p)
             continue;
-        if (p->broken || (p->state != APART && now >= p->due))
+        bool late = p->state != APART && now >= p->due;
+        if (late && p->state == JOINED)
+            p->patience = fmin(2 * p->patience, quietest);
+        if (p->broken || late)
             poe_line_drop(p);
         int error = p->state == APART && now >= p->due ? dial(p, now) : 0;
         if (error)

@@ -244,6 +244,7 @@ void poe_stream_pump(peer *p)
             break;
     if (!p->broken && !p->half)
         say_controls(p);
+    poe_line_sent(p);
 }
 
 /* --- acknowledgements --------------------------------------------------------------------------------------------- */
@@ -425,7 +426,9 @@ static void hear_data(peer *p, const poe_unit *unit, const unsigned char *body)
 static void hear_unit(peer *p, const poe_unit *unit, const unsigned char *body)
 {
     channel *c = &p->channels[unit->channel];
-    if (!acknowledge(p, unit->received))
+    bool sensible = acknowledge(p, unit->received);
+    poe_line_heard(p);
+    if (!sensible)
         damaged(p, "it acknowledges what was not sent");
     else if (unit->type == POE_UNIT_DATA)
         hear_data(p, unit, body);

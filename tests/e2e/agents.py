@@ -2,6 +2,7 @@
 """Ranks as agents with keepers and stage processes: undisturbed, interrupted, and losing one of the three."""
 import os
 import signal
+import time
 
 import poe
 
@@ -125,6 +126,21 @@ def report(folder):
             poe.check(f'rank {rank}: ' in run.said() and 'step' in run.said(), run.said())
 
 
+def silent(folder):
+    """A rank whose host gives no sign for longer than connections are kept without one: they are made anew, and nothing is lost."""
+    data, export = poe.write_tokens(f'{folder}/tokens.bin'), f'{folder}/final.safetensors'
+    changes = {'num_iterations': 300, 'deadline': 60, 'export': export}
+    poe.succeed(poe.flags(data=data, **{**RUN, **changes, 'export': f'{folder}/whole.safetensors', 'out': f'{folder}/whole'}), poe.RANKS, 3)
+    with start(f'{folder}/out', data, **changes) as run:
+        agent = run.rank_pids(3)[1]
+        poe.kill(agent, signal.SIGSTOP)
+        time.sleep(12)
+        poe.kill(agent, signal.SIGCONT)
+        result = run.wait()
+        poe.check(result.code == 0 and 'broke and was made anew' in result.err, result)
+    poe.check_same_file(f'{folder}/whole.safetensors', export)
+
+
 def refused(folder):
     for args, launch, word in ((['--transport', 'mpi'], poe.RANKS, '--transport mpi'),
                                (['--transport', 'inproc'], poe.THREADS, '--transport inproc'),
@@ -133,4 +149,4 @@ def refused(folder):
         poe.check_refused(poe.run(poe.flags(agents='on') + args, launch, 3), 2, '--agents on', word)
 
 
-poe.main(undisturbed, processes, interrupted, at_once, killed, killed_before_training, report, refused)
+poe.main(undisturbed, processes, interrupted, at_once, killed, killed_before_training, report, silent, refused)
