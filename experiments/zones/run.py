@@ -14,7 +14,7 @@ zone, one of them while the link is cut. The final weights must be the same, bit
 Duration: about 8 minutes; --quick: about a minute and a half, one cut of 3 s, no kills. Writes into --out (default runs/zones):
 zones.md (the table, also on standard output), zones.json, zones.png (steps over time).
 
-What to expect: nothing lost, and a time longer by the cuts and a few seconds each, until TCP tries again.
+What to expect: nothing lost, and a time longer by the cuts and about a second each.
 """
 import argparse
 import hashlib
