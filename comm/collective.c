@@ -317,6 +317,22 @@ poe_status poe_chain_end(poe_comm *comm)
     return gather(comm, END, "the end of the job", NULL, NULL, 0);
 }
 
+poe_status poe_comm_share(poe_comm *comm, int root, void **data, size_t *bytes)
+{
+    bool gets = poe_comm_rank(comm) != root;
+    poe_status status = poe_comm_broadcast(comm, root, bytes, sizeof(*bytes));
+    if (status != POE_OK)
+        return status;
+    poe_log_hold();
+    if (gets && !(*data = malloc(*bytes ? *bytes : 1))) {
+        poe_error("out of memory for %zu bytes from rank %d", *bytes, root);
+        status = POE_FAILED;
+    }
+    status = poe_comm_agree(comm, status);
+    poe_log_settle(true);
+    return status == POE_OK ? poe_comm_broadcast(comm, root, *data, *bytes) : status;
+}
+
 /* Finds the rank in the tree: below the first rank of a branch are the two halves of the others. */
 static void take_place(poe_chain *chain, int rank, int size)
 {

@@ -47,6 +47,9 @@ void poe_comm_destroy(poe_comm *comm, bool orderly);
 poe_status poe_comm_barrier(poe_comm *comm, const char *what);
 /* `bytes` from rank `root` to everyone. */
 poe_status poe_comm_broadcast(poe_comm *comm, int root, void *data, size_t bytes);
+/* The same when only `root` knows how many they are: the others get a copy, which is the caller's to free (also on failure;
+ * NULL: none). POE_FAILED on every rank when one is out of memory, said. */
+poe_status poe_comm_share(poe_comm *comm, int root, void **data, size_t *bytes);
 /* `bytes` of every rank, in rank order, at everyone: all (size * bytes). */
 poe_status poe_comm_gather(poe_comm *comm, const void *mine, void *all, size_t bytes);
 /* Agrees on an outcome: everyone returns the status of the lowest rank that failed, and that rank alone prints the

@@ -200,23 +200,16 @@ static poe_status share_facts(saving *s, const json_t *facts)
     bool root = poe_comm_rank(comm) == 0;
     poe_log_hold();
     char *text = root ? facts_text(s, facts) : NULL;
-    uint64_t size = text ? strlen(text) + 1 : 0;
+    size_t size = text ? strlen(text) + 1 : 0;
     poe_status status = save_agree(s, root && !text ? POE_FAILED : POE_OK);
+    void *shared = text;
     if (!status)
-        status = poe_comm_broadcast(comm, 0, &size, sizeof(size));
+        status = poe_comm_share(comm, 0, &shared, &size);
     if (!status) {
         poe_log_hold();
-        if (!root && !(text = malloc(size)))
-            poe_error("not enough memory for the manifest of a checkpoint");
-        status = save_agree(s, text ? POE_OK : POE_FAILED);
+        status = save_agree(s, parse_facts(s, shared));
     }
-    if (!status)
-        status = poe_comm_broadcast(comm, 0, text, size);
-    if (!status) {
-        poe_log_hold();
-        status = save_agree(s, parse_facts(s, text));
-    }
-    free(text);
+    free(shared);
     return status;
 }
 

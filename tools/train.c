@@ -92,24 +92,19 @@ static poe_status write_tokenizer(poe_run *r)
 {
     char path[POE_PATH_MAX], *text = NULL;
     size_t size = 0;
-    bool leads = poe_checkpoint_store_leads(r->store), anew = !poe_comm_replays(r->comm);
+    bool anew = !poe_comm_replays(r->comm);
     poe_status status = poe_path(path, "%s/tokenizer.json", r->out);
     if (status == POE_OK && r->rank == 0 && anew)
         status = poe_tokenizer_write(r->corpus.tokenizer, path);
     if (status == POE_OK && r->rank == 0)
         status = poe_read_file(path, "tokenizer", &text, &size);
     status = poe_comm_agree(r->comm, status);
+    void *shared = text;
     if (status == POE_OK)
-        status = poe_comm_broadcast(r->comm, 0, &size, sizeof(size));
-    if (status == POE_OK && r->rank > 0 && !(text = malloc(size))) {
-        poe_error("out of memory for the tokenizer");
-        status = POE_PEER_LOST;
-    }
-    if (status == POE_OK)
-        status = poe_comm_broadcast(r->comm, 0, text, size);
-    if (status == POE_OK && r->rank > 0 && leads && anew)
-        status = poe_write_file(path, text, size);
-    free(text);
+        status = poe_comm_share(r->comm, 0, &shared, &size);
+    if (status == POE_OK && r->rank > 0 && anew && poe_checkpoint_store_leads(r->store))
+        status = poe_write_file(path, shared, size);
+    free(shared);
     return status;
 }
 

@@ -9,10 +9,11 @@ Four ranks under mpiexec, real kernels, real SIGKILLs, for models of several siz
 again, which goes back to its snapshot and repeats what came since. 1f1b, without agents, whose rank is killed, and PoE whose agent is: the
 job ends, and is started again from its last checkpoint.
 
-Duration: about 15 minutes on two cores; --quick: about a minute, one small model. Ranks share the processors, so steps take
+Duration: about 20 minutes on two cores; --quick: about a minute, one small model. Ranks share the processors, so steps take
 as long as four ranks on this machine do.
 
-Writes into --out (default runs/recovery): recovery.md (the table, also on standard output), recovery.json, recovery.png.
+Writes into --out (default runs/recovery): recovery.md (the table, also on standard output), recovery.png, and the sizes that are
+finished, so that a second call goes on.
 
 What to expect: the death is noticed within milliseconds, and less than a second passes before the stage process is back at its
 snapshot, at the default run's size; what it repeats is its own part of the steps since then. 1f1b loses every rank's steps
@@ -36,18 +37,18 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import emulated  # noqa: E402
 
-SIZES = {  # flags, steps between snapshots and between checkpoints
+SIZES = {
     "default, 8.7 M": [],
     "22 M": ["--stages", "2,2,2,2", "--n-embd", 384, "--n-head", 6, "--vocab-size", 4096, "--sequence-len", 256,
-             "--total-batch-size", 2048],
+             "--device-batch-size", 1, "--total-batch-size", 1024],
     "76 M": ["--stages", "3,3,3,3", "--n-embd", 640, "--n-head", 10, "--vocab-size", 8192, "--sequence-len", 256,
-             "--total-batch-size", 2048],
+             "--device-batch-size", 1, "--total-batch-size", 1024],
 }
 QUICK = {"0.2 M": ["--stages", "1,1,1,1", "--n-embd", 32, "--n-head", 2, "--sequence-len", 32, "--vocab-size", 300,
                    "--device-batch-size", 2, "--total-batch-size", 512]}
 BACK = re.compile(r"rank (\d+): back after ([\d.]+) s: started after ([\d.]+), at its snapshot of step (\d+) after ([\d.]+), "
                   r"then (\d+) step")
-EVERY = 10
+EVERY = 4  # steps between snapshots and between checkpoints
 
 
 class Run:
@@ -76,9 +77,11 @@ class Run:
         raise SystemExit(f"no line with \"{text}\" within {timeout} s:\n" + "\n".join(line for _, line in self.lines))
 
     def end(self):
+        pids = descendants(self.process.pid)
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
+        wait_for(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in pids), "the end of all processes", 20)
 
 
 def descendants(pid):
@@ -165,7 +168,7 @@ def measure_restarts(args, flags, folder, more, victim):
     for i in range(args.restarts):
         shutil.rmtree(out, ignore_errors=True)
         run = Run([*words, "--num-iterations", 100000, "--out", out])
-        wait_for(lambda: steps_done(out) >= EVERY + 3 + 2 * i, "the first checkpoint")
+        wait_for(lambda: steps_done(out) >= EVERY + 2 + i, "the first checkpoint")
         killed = time.monotonic()
         done = steps_done(out)
         os.kill(victim(run.process.pid), signal.SIGKILL)
@@ -225,7 +228,7 @@ def parse():
     parser.add_argument("--out", type=Path, default=emulated.ROOT / "runs" / "recovery")
     parser.add_argument("--quick", action="store_true", help="one tiny model, few kills: does it work?")
     args = parser.parse_args()
-    args.kills, args.restarts, args.pause = (4, 1, 0.5) if args.quick else (12, 3, 6)
+    args.kills, args.restarts, args.pause = (4, 1, 0.5) if args.quick else (12, 3, 4)
     if not args.program.is_file():
         parser.error(f"there is no {args.program}: run tools/setup, or give --program")
     return args
@@ -234,18 +237,21 @@ def parse():
 def main():
     args = parse()
     args.out.mkdir(parents=True, exist_ok=True)
-    load, sizes = os.getloadavg()[0], {}
+    load, results = os.getloadavg()[0], args.out / f"{'quick' if args.quick else 'full'}.json"
+    sizes = json.loads(results.read_text()) if results.exists() and not args.quick else {}
     for name, flags in (QUICK if args.quick else SIZES).items():
+        if name in sizes:
+            continue
         with tempfile.TemporaryDirectory() as folder:
             poe, step = measure_poe(args, flags, folder)
             again = measure_restarts(args, flags, folder, BP, any_rank)
             lost = measure_restarts(args, flags, folder, [], an_agent)
         sizes[name] = dict(poe=poe, step=step, agent=lost, **{"1f1b": again})
+        results.write_text(json.dumps(sizes, indent=1) + "\n")
         print(f"{name}: done", file=sys.stderr, flush=True)
     text = "\n".join([f"{emulated.machine()}, load {load:.1f} at the start; experiments/recovery/run.py {' '.join(sys.argv[1:])}; 4 ranks "
                       f"time-shared; snapshots and checkpoints every {EVERY} steps; medians of {args.kills} and {args.restarts} kills",
                       "", table(sizes)])
-    (args.out / "recovery.json").write_text(json.dumps(sizes, indent=1) + "\n")
     (args.out / "recovery.md").write_text(text + "\n")
     draw(sizes, args.out / "recovery.png")
     print(text)
