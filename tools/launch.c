@@ -139,6 +139,8 @@ static int final_status(int status, int stop, bool forced)
         poe_error("mpiexec was ended by signal %d (%s)", WTERMSIG(status), strsignal(WTERMSIG(status)));
     else if (!stop && !stopped && code > 128)
         poe_error("a rank was ended by signal %d (%s)", code - 128, strsignal(code - 128));
+    else if (!stop && !stopped && code > 2)
+        poe_error("a rank has ended with exit status %d, which is none of poe-pipe's", code);
     return code;
 }
 

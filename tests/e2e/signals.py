@@ -129,6 +129,13 @@ def killed_rank(folder):
         poe.check(not poe.leftovers(out), poe.leftovers(out))
 
 
+def exited_rank(folder):
+    """A rank that ends by itself, as no rank of ours does."""
+    data = poe.write_tokens(f'{folder}/tokens.bin')
+    result = poe.run(poe.flags(data=data, out=f'{folder}/out', agents='off', fault='exit rank=1 step=2 code=3'), poe.RANKS, 3)
+    poe.check_refused(without_tcp(result), 3, 'a rank has ended with exit status 3', lines=2)
+
+
 def stopped_rank(folder):
     """A rank without a sign of life: the sentence says which rank, which link, which step."""
     data = poe.write_tokens(f'{folder}/tokens.bin')
@@ -156,4 +163,4 @@ def report(folder):
                 poe.check(f'rank {rank}: ' in run.said() and 'step' in run.said(), run.said())
 
 
-poe.main(interrupted, second_interrupt, bare_mpiexec, killed_launcher, killed_rank, stopped_rank, report)
+poe.main(interrupted, second_interrupt, bare_mpiexec, killed_launcher, killed_rank, exited_rank, stopped_rank, report)
