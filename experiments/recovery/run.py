@@ -177,9 +177,9 @@ def measure_restarts(args, flags, folder, more, victim):
         run.end()
         again = Run([args.program, "--ranks", 4, "--resume", out, "--num-iterations", 100000])
         wait_for(lambda: steps_done(out) < done, "the second start")  # metrics are cut back to the checkpoint
-        started = time.monotonic()
+        started, kept = time.monotonic(), steps_done(out)
         wait_for(lambda: steps_done(out) >= done, "what was lost")
-        results.append(dict(ended=ended - killed, started=started - ended, whole=time.monotonic() - killed, steps=done % EVERY))
+        results.append(dict(ended=ended - killed, started=started - ended, whole=time.monotonic() - killed, steps=done - kept))
         again.end()
     return results
 
