@@ -17,6 +17,7 @@
 #include <unistd.h>
 
 #include "src/clock.h"
+#include "src/files.h"
 #include "src/log.h"
 
 /* How long a stage process may take to remove its temporary files; a bare mpiexec gives two seconds for everything. */
@@ -51,10 +52,10 @@ typedef struct house {
     sigset_t mask;       /* of a stage process */
 } house;
 
-/* Ends with its parent, even if that is gone already. */
-static void die_with(pid_t parent)
+/* Gets the signal when its parent ends; ends if that is gone already. */
+static void follow(pid_t parent, int signal)
 {
-    prctl(PR_SET_PDEATHSIG, SIGKILL);
+    prctl(PR_SET_PDEATHSIG, signal);
     if (getppid() != parent)
         _exit(1);
 }
@@ -74,7 +75,7 @@ static void report(const house *h, poe_keeper_news news, pid_t pid, int status)
 
 static _Noreturn void become_stage(const house *h, pid_t keeper)
 {
-    die_with(keeper);
+    follow(keeper, SIGKILL);
     name_process("stage", h->board->rank);
     close(h->socket);
     close(h->signals);
@@ -113,7 +114,8 @@ static void reap(house *h)
     }
 }
 
-/* With a moment to tidy up, unless the agent is not there to wait for it. */
+/* `gently`: the agent wishes it, so the child has a moment to tidy up, and the agent does the rest. Else the agent is gone, and
+ * nobody but the keeper can. */
 static _Noreturn void leave(house *h, bool gently)
 {
     struct pollfd ended = {.fd = h->signals, .events = POLLIN};
@@ -128,6 +130,8 @@ static _Noreturn void leave(house *h, bool gently)
         kill(h->child, SIGKILL);
         waitpid(h->child, NULL, 0);
     }
+    if (!gently)
+        poe_temporary_remove_all();
     _exit(0);
 }
 
@@ -149,7 +153,7 @@ static _Noreturn void keep(house *h, pid_t agent)
 {
     sigset_t children, deaf;
     struct pollfd fds[2];
-    die_with(agent);
+    follow(agent, SIGCONT); /* the socket tells; a stopped keeper has to hear it */
     setpgid(0, 0);
     name_process("keeper", h->board->rank);
     sigemptyset(&children);

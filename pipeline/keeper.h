@@ -1,8 +1,9 @@
 /* SPDX-License-Identifier: MIT
  * A process that forks a rank's stage processes, so that the first and every later one begins as the same bare process:
- * without MPI, threads or connections, which the agent has by then. It is forked itself before there are any, and does
- * nothing else: an agent's keeper dies with the agent, a stage process with the keeper. It has a process group of its
- * own, so that what mpiexec or a terminal sends to the agent's group reaches the agent alone.
+ * without MPI, threads or connections, which the agent has by then. It is forked itself before there are any. When its
+ * agent is gone it ends the stage process, removes the temporary files of both, and ends; a stage process dies with its
+ * keeper. It has a process group of its own, so that what mpiexec or a terminal sends to the agent's group reaches the
+ * agent alone.
  *
  * Calls come from one thread, but poe_keeper_end() from any. */
 #ifndef POE_PIPELINE_KEEPER_H

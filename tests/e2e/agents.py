@@ -126,6 +126,16 @@ def report(folder):
             poe.check(f'rank {rank}: ' in run.said() and 'step' in run.said(), run.said())
 
 
+def killed_while_saving(folder):
+    """Nobody is left of the rank but its keeper, which removes what was being written."""
+    data, out = poe.write_tokens(f'{folder}/tokens.bin'), f'{folder}/out'
+    for part in range(4):
+        result = poe.run(poe.flags(data=data, out=f'{out}-{part}', save_every=3,
+                                   fault=f'kill-agent rank=0 step=3 phase=checkpoint micro={part}'), poe.RANKS, 3)
+        poe.check(result.code == 137, result)
+        poe.wait_until('an empty folder', lambda: not poe.leftovers(f'{out}-{part}'), 3)
+
+
 def silent(folder):
     """A rank whose host gives no sign for longer than connections are kept without one: they are made anew, and nothing is lost."""
     data, export = poe.write_tokens(f'{folder}/tokens.bin'), f'{folder}/final.safetensors'
@@ -149,4 +159,4 @@ def refused(folder):
         poe.check_refused(poe.run(poe.flags(agents='on') + args, launch, 3), 2, '--agents on', word)
 
 
-poe.main(undisturbed, processes, interrupted, at_once, killed, killed_before_training, report, silent, refused)
+poe.main(undisturbed, processes, interrupted, at_once, killed, killed_before_training, killed_while_saving, report, silent, refused)
