@@ -474,10 +474,10 @@ static void check_beat(void)
 /* --- memory ------------------------------------------------------------------------------------------------------- */
 static void check_trimming(void)
 {
-    enum { BYTES = 1 << 20, MANY = 24 };
-    scene s = open_scene(20 * (uint64_t)BYTES);
+    enum { BYTES = 1 << 20, MANY = 24, LIMIT = 20, WANTED = 2, HELD = LIMIT / 4 };
+    scene s = open_scene(LIMIT * (uint64_t)BYTES);
     for (uint64_t i = 0; i < MANY; i++) {
-        CHECK_INT(atomic_load(&s.board->snapshot_wanted), i > 20);
+        CHECK_INT(atomic_load(&s.board->snapshot_wanted), i > LIMIT);
         pass(&s, true, 16, i, BYTES);
         pass(&s, false, 16, i, BYTES);
         turn(&s);
@@ -487,12 +487,12 @@ static void check_trimming(void)
     atomic_store(&s.board->snapshot_wanted, false);
     turn(&s);
     CHECK(!atomic_load(&s.board->snapshot_wanted)); /* asked for once */
-    publish(&s, 1, 16, MANY, MANY - 2);
+    publish(&s, 1, 16, MANY, MANY - WANTED);
     turn(&s);
-    CHECK_INT(poe_relay_logged(s.relay), 2 * BYTES);
-    CHECK(resident(poe_board_log(s.board), 64 << 20) <= 4 * BYTES);
+    CHECK_INT(poe_relay_logged(s.relay), WANTED * BYTES);
+    CHECK(resident(poe_board_log(s.board), 64 << 20) <= (WANTED + HELD + 1) * BYTES);
     restart_stage(&s);
-    for (uint64_t i = MANY - 2; i < MANY; i++)
+    for (uint64_t i = MANY - WANTED; i < MANY; i++)
         receive_again(&s, 16, i, BYTES);
     CHECK(resident(poe_board_outbox(s.board, 0), 64 << 20) + resident(poe_board_outbox(s.board, 1), 64 << 20) <=
           2 * BYTES);

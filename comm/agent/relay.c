@@ -19,8 +19,8 @@
 
 enum { OUTBOX_UNIT = 1 << 16 }; /* a multiple of every page size in use */
 
-/* Freed memory of the log that is held on to, bytes; and the limit of what it holds unless stated. */
-enum { KEEP = 64 << 20, LOG_LIMIT = 256 << 20 };
+/* The limit of what the log holds unless stated, bytes; of it, freed memory that is held on to for the next messages. */
+enum { LOG_LIMIT = 256 << 20, KEPT_SHARE = 4 };
 
 /* How long a relay that leaves waits for its last messages to be gone. */
 static const double farewell = 0.5;
@@ -698,13 +698,14 @@ poe_status poe_relay_create(poe_board *board, poe_transport *below, const poe_re
     }
     status = POE_FAILED;
     r = calloc(1, sizeof(*r));
-    if (!r || poe_space_init(&r->log, poe_board_log(board), 0, KEEP) != POE_OK) {
+    uint64_t log_limit = settings && settings->log_limit ? settings->log_limit : LOG_LIMIT;
+    if (!r || poe_space_init(&r->log, poe_board_log(board), 0, log_limit / KEPT_SHARE) != POE_OK) {
         poe_error("out of memory for the way to the other ranks");
         goto no_relay;
     }
     r->board = board;
     r->below = below;
-    r->log_limit = settings && settings->log_limit ? settings->log_limit : LOG_LIMIT;
+    r->log_limit = log_limit;
     r->watched = r->valid = r->epoll = -1;
     r->streams = calloc((size_t)board->size * POE_CHANNELS, sizeof(stream *));
     if (!r->streams)
