@@ -27,7 +27,6 @@ import argparse
 import math
 import os
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 
@@ -320,7 +319,7 @@ set xlabel "round trip at 10 Gbit"
     if at_one:
         script += "unset key\nset xlabel 'bandwidth at a round trip of 1 ms'\n"
         script += axis(mbits, "") + panel(points, wanted, BANDWIDTHS, lambda p: p["mbit"], lambda p: p in at_one, False)
-    subprocess.run(["gnuplot"], input=script + "unset multiplot\n", text=True, check=True)
+    emulated.plot([script + "unset multiplot"])
 
 
 # --- the whole --------------------------------------------------------------------------------------------------------
