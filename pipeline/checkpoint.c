@@ -494,16 +494,22 @@ static poe_status checked_path(const char *folder, const json_t *facts, const ch
     return status ? status : poe_manifest_check(folder, facts, name, true);
 }
 
+static poe_status checked_stage_path(const char *folder, const json_t *facts, int stage_number, char path[POE_PATH_MAX])
+{
+    char name[32];
+    snprintf(name, sizeof(name), "stage-%03d.h5", stage_number);
+    return checked_path(folder, facts, name, path);
+}
+
 poe_status poe_checkpoint_load(const char *folder, const json_t *facts, poe_stage *stage, int stage_number,
                                poe_pending *pending)
 {
-    char path[POE_PATH_MAX], name[32];
-    snprintf(name, sizeof(name), "stage-%03d.h5", stage_number);
+    char path[POE_PATH_MAX];
     if (pending) {
         pending->n_totals = (int)fact(facts, "pending_totals");
         pending->held_steps = (int)fact(facts, "held_steps");
     }
-    poe_status status = checked_path(folder, facts, name, path);
+    poe_status status = checked_stage_path(folder, facts, stage_number, path);
     if (!status)
         status = poe_stage_file_read(path, fact(facts, "step"), stage, stage_number, pending);
     if (!status)
@@ -517,10 +523,9 @@ poe_status poe_checkpoint_load(const char *folder, const json_t *facts, poe_stag
 
 poe_status poe_checkpoint_load_layers(const char *folder, const json_t *facts, int stage_number, poe_model *model)
 {
-    char path[POE_PATH_MAX], name[32];
+    char path[POE_PATH_MAX];
     int first = model->first_layer[stage_number];
-    snprintf(name, sizeof(name), "stage-%03d.h5", stage_number);
-    poe_status status = checked_path(folder, facts, name, path);
+    poe_status status = checked_stage_path(folder, facts, stage_number, path);
     if (status)
         return status;
     return poe_stage_file_read_layers(path, first, model->first_layer[stage_number + 1], &model->layers[first]);
@@ -725,4 +730,12 @@ poe_status poe_checkpoint_store_abandon(const poe_checkpoint_store *store, int64
 bool poe_checkpoint_store_leads(const poe_checkpoint_store *store)
 {
     return store->leader == poe_comm_rank(store->comm);
+}
+
+bool poe_checkpoint_store_is_shared(const poe_checkpoint_store *store)
+{
+    for (int r = 1; r < poe_comm_size(store->comm); r++)
+        if (store->leaders[r] != store->leaders[0])
+            return false;
+    return true;
 }

@@ -39,6 +39,8 @@ poe_status poe_checkpoint_store_copy(poe_checkpoint_store *store, uint64_t run, 
 void poe_checkpoint_store_close(poe_checkpoint_store *store);
 /* True on the one rank, of those that share this folder, that writes what is there once. Not collective. */
 bool poe_checkpoint_store_leads(const poe_checkpoint_store *store);
+/* Whether all ranks write into one folder. Not collective; the same everywhere. */
+bool poe_checkpoint_store_is_shared(const poe_checkpoint_store *store);
 /* Not collective, for leaders: sets the store's checkpoints after `step` aside, see poe_checkpoint_abandon(). */
 poe_status poe_checkpoint_store_abandon(const poe_checkpoint_store *store, int64_t step);
 

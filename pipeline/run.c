@@ -332,16 +332,11 @@ static poe_status create_stage(poe_run *r)
 /* Each rank has its own stage's file, and perhaps no other. */
 static poe_status share_layers(poe_run *r)
 {
-    poe_layer_shape (*all)[POE_MAX_LAYERS] = calloc((size_t)r->size, sizeof(*all));
-    if (!all) {
-        poe_error("out of memory for the layers of all stages");
-        return POE_FAILED;
-    }
-    poe_status status = poe_comm_gather(r->comm, r->model.layers, all, sizeof(*all));
-    for (int k = 0; k < r->n_stages; k++)
-        for (int i = r->model.first_layer[k]; i < r->model.first_layer[k + 1]; i++)
-            r->model.layers[i] = all[k][i];
-    free(all);
+    const int *first = r->model.first_layer;
+    poe_status status = POE_OK;
+    for (int k = 0; k < r->n_stages && status == POE_OK; k++)
+        status = poe_comm_broadcast(r->comm, k, &r->model.layers[first[k]],
+                                    (size_t)(first[k + 1] - first[k]) * sizeof(r->model.layers[0]));
     return status;
 }
 

@@ -87,15 +87,22 @@ static poe_status write_config(const poe_run *r)
     return write_json(path, config);
 }
 
-/* Collective, as every folder is to have it: rank 0's, which reads the data. */
-static poe_status write_tokenizer(poe_run *r)
+static poe_status write_tokenizer(const poe_run *r)
+{
+    char path[POE_PATH_MAX];
+    if (!r->corpus.tokenizer)
+        return POE_OK;
+    poe_status status = poe_path(path, "%s/tokenizer.json", r->out);
+    return status == POE_OK ? poe_tokenizer_write(r->corpus.tokenizer, path) : status;
+}
+
+/* Collective: rank 0's, which reads the data, into the folders that do not have it. */
+static poe_status share_tokenizer(poe_run *r)
 {
     char path[POE_PATH_MAX], *text = NULL;
     size_t size = 0;
     bool anew = !poe_comm_replays(r->comm);
     poe_status status = poe_path(path, "%s/tokenizer.json", r->out);
-    if (status == POE_OK && r->rank == 0 && anew)
-        status = poe_tokenizer_write(r->corpus.tokenizer, path);
     if (status == POE_OK && r->rank == 0)
         status = poe_read_file(path, "tokenizer", &text, &size);
     status = poe_comm_agree(r->comm, status);
@@ -105,7 +112,7 @@ static poe_status write_tokenizer(poe_run *r)
     if (status == POE_OK && r->rank > 0 && anew && poe_checkpoint_store_leads(r->store))
         status = poe_write_file(path, shared, size);
     free(shared);
-    return status;
+    return poe_comm_agree(r->comm, status);
 }
 
 static poe_status open_metrics(poe_run *r)
@@ -142,11 +149,13 @@ static poe_status prepare_folder(poe_run *r)
         status = poe_checkpoint_store_abandon(r->store, r->first_step);
     if (status == POE_OK && anew && poe_checkpoint_store_leads(r->store))
         status = write_config(r);
+    if (status == POE_OK && anew && r->rank == 0)
+        status = write_tokenizer(r);
     if (status == POE_OK && poe_run_is_last(r))
         status = open_metrics(r);
     status = poe_comm_agree(r->comm, status);
-    if (status == POE_OK && r->corpus.has_tokenizer)
-        status = poe_comm_agree(r->comm, write_tokenizer(r));
+    if (status == POE_OK && r->corpus.has_tokenizer && !poe_checkpoint_store_is_shared(r->store))
+        status = share_tokenizer(r);
     if (status == POE_OK && strcmp(r->options->save_to, "peer") == 0 && !poe_layout_replicated(&r->layout))
         status = poe_checkpoint_store_copy(r->store, r->id, poe_run_is_last(r) ? r->metrics.path : NULL);
     return status;
