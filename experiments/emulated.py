@@ -38,7 +38,7 @@ def command(words):
 def call(words, timeout):
     """Standard output; SystemExit with the command and what it said when it fails. One thread per rank's products."""
     done = subprocess.run([str(word) for word in words], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                          stderr=subprocess.PIPE, text=True, timeout=timeout,
+                          stderr=subprocess.PIPE, text=True, errors="replace", timeout=timeout,
                           env={**os.environ, "OPENBLAS_NUM_THREADS": "1"})
     if done.returncode != 0:
         raise SystemExit(f"{command(words)}\nended with status {done.returncode}:\n{done.stderr[-2000:]}")

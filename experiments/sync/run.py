@@ -8,27 +8,23 @@
 Trains the default job once per case and seed, in one process (the bits are those of any number of ranks), and compares
 the held-out BPB of all stages together after the last step with that of --sync exact, fp32, under the same seed.
 
-Duration: 3 to 5 minutes a run on two idle cores, so 2.5 to 4 hours in all; with --workers 2 a little less. Runs that are finished stay: started again,
-the script goes on where it was. A run that was made with other flags is made anew.
+Duration: 3 to 6 minutes a run on two idle cores, so 2 to 4 hours in all; with --workers 2 a little less. Runs that are finished
+stay: started again, the script goes on where it was, seed by seed. A run that was made with other flags is made anew.
 
 Writes into --out (default runs/sync):
-    CASE/SEED/    each run's metrics.jsonl, config.json and log; its checkpoint is removed
-    sync.json     every figure
+    points.json   every run's figures, as soon as it is finished
     sync.md       the table, also on standard output
     sync.png      BPB of every case: the mean over seeds, bars from the lowest to the highest
 """
 import argparse
-import concurrent.futures
-import json
 import os
-import platform
-import shutil
-import subprocess
 import sys
 from pathlib import Path
 from statistics import mean, stdev
 
-ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import emulated  # noqa: E402
+
 BASE = "exact, fp32"
 RULES = {BASE: [], **{rule: ["--sync", rule] for rule in
                       ("stale:1", "stale:2", "stale:4", "stale:8", "stale:32", "every:4", "every:16")}}
@@ -43,56 +39,25 @@ QUICK = (BASE, "stale:2", "every:4", "wire fp8", "shared bf16")
 
 # --- runs ------------------------------------------------------------------------------------------------------------
 
-def read_result(folder):
-    """What a finished run left, or None."""
-    try:
-        return json.loads((folder / "result.json").read_text())
-    except (OSError, ValueError):
-        return None
+def point(case, seed, base, flags):
+    return dict(name=f"{case}, seed {seed}", case=case, seed=seed, flags=[*base, *flags, "--seed", str(seed)])
 
 
-def summary(metrics, flags):
-    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+def train(program, flags):
+    lines = emulated.metrics([program, *flags], timeout=24 * 3600)
     bpb = [line["bpb"] for line in lines if "bpb" in line][-1]
     end = [line for line in lines if "step_bytes" in line][-1]
     tokens = [line["tokens"] for line in lines if "loss" in line][-1]
-    return dict(flags=flags, tokens=tokens, bpb=bpb["aggregate"], stages=bpb["stage"],
-                sent=sum(end["step_bytes"]), sent_fp32=sum(end["step_bytes_fp32"]))
+    return dict(tokens=tokens, bpb=bpb["aggregate"], stages=bpb["stage"], sent=sum(end["step_bytes"]),
+                sent_fp32=sum(end["step_bytes_fp32"]), summary=f"{bpb['aggregate']:.4f} BPB")
 
 
-def run(program, folder, flags, anew):
-    """One run, unless it was made before."""
-    done = read_result(folder)
-    if done and done["flags"] == flags and not anew:
-        return done
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    with open(folder / "log.txt", "w") as log:
-        status = subprocess.run([str(program), *flags, "--out", str(folder / "run")], stdout=log, stderr=log).returncode
-    if status:
-        said = (folder / "log.txt").read_text()[-500:].strip()
-        sys.exit(f"{folder}/log.txt: a run ended with status {status}: {said}")
-    for name in ("metrics.jsonl", "config.json"):
-        shutil.move(folder / "run" / name, folder / name)
-    shutil.rmtree(folder / "run")
-    result = summary(folder / "metrics.jsonl", flags)
-    (folder / "result.json").write_text(json.dumps(result))
-    return result
-
-
-def folder_of(case):
-    return case.replace(", ", "-").replace(" ", "-").replace(":", "-")
-
-
-def run_all(program, out, cases, flags, seeds, anew, workers):
-    """By case, in the order of seeds; made seed by seed."""
-    def one(seed, case):
-        print(f"seed {seed}: {case}", file=sys.stderr, flush=True)
-        return run(program, out / folder_of(case) / str(seed), [*flags, *cases[case], "--seed", str(seed)], anew)
-
-    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-        waiting = {(seed, case): pool.submit(one, seed, case) for seed in seeds for case in cases}
-        return {case: [waiting[seed, case].result() for seed in seeds] for case in cases}
+def by_case(points, wanted):
+    """Each case's results, in the order of seeds."""
+    results = {}
+    for p in wanted:
+        results.setdefault(p["case"], []).append(points[p["name"]])
+    return results
 
 
 # --- table and picture -----------------------------------------------------------------------------------------------
@@ -109,24 +74,14 @@ def row(case, results, base):
 
 def table(results, seeds):
     base = results[BASE]
-    lines = [f"{base[0]['tokens']} tokens, seeds {', '.join(map(str, seeds))}, {platform.node()} ({processor()})", "",
+    lines = [f"{base[0]['tokens']} tokens, seeds {', '.join(map(str, seeds))}; {emulated.machine()}", "",
              "| case | BPB, mean | lowest .. highest | against exact, fp32, same seed | MiB a step, all | of fp32 |",
              "|---|---|---|---|---|---|"]
     return "\n".join(lines + [row(case, r, base) for case, r in results.items()]) + "\n"
 
 
-def processor():
-    for line in open("/proc/cpuinfo"):
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.machine()
-
-
 def plot(results, path):
-    """Rules and formats side by side; a picture is not made where there is no gnuplot."""
-    if not shutil.which("gnuplot"):
-        print("no gnuplot: no picture", file=sys.stderr)
-        return
+    """Rules and formats side by side."""
     data = [f'{i} {mean(r["bpb"] for r in rs)} {min(r["bpb"] for r in rs)} {max(r["bpb"] for r in rs)}'
             for i, rs in enumerate(results.values())]
     ticks = ", ".join(f'"{case}" {i}' for i, case in enumerate(results))
@@ -140,24 +95,28 @@ def plot(results, path):
               f'set arrow from {rules}, graph 0 to {rules}, graph 1 nohead lc rgb "#d9d9d9"',
               '$data << EOD', *data, 'EOD',
               'plot $data using 1:2:3:4 with yerrorbars pt 7 lw 2 lc rgb "#3b6fb6"']
-    subprocess.run(["gnuplot"], input="\n".join(script) + "\n", text=True, check=True)
+    emulated.plot(script)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a tiny model: does the script work?")
     parser.add_argument("--workers", type=int, default=1, help="runs at once, each with its share of the processors")
-    parser.add_argument("--build", default=ROOT / "build", type=Path, help="where poe-pipe was built")
+    parser.add_argument("--seeds", default="0,1,2", help="of the initial weights, one after the other (default 0,1,2)")
+    parser.add_argument("--build", default=emulated.ROOT / "build", type=Path, help="where poe-pipe was built")
     parser.add_argument("--out", type=Path, help="folder of runs, table and picture")
     args = parser.parse_args()
-    out = args.out or ROOT / "runs" / ("sync-quick" if args.quick else "sync")
-    cases = {**RULES, **FORMATS}
+    out = args.out or emulated.ROOT / "runs" / ("sync-quick" if args.quick else "sync")
+    out.mkdir(parents=True, exist_ok=True)
     if args.quick:
-        cases = {case: cases[case] for case in QUICK}
-    seeds = (0, 1) if args.quick else (0, 1, 2)
-    threads = ["--threads", str(max(1, len(os.sched_getaffinity(0)) // args.workers))]
-    results = run_all(args.build / "poe-pipe", out, cases, TINY if args.quick else threads, seeds, args.quick, args.workers)
-    (out / "sync.json").write_text(json.dumps(results, indent=1))
+        (out / "points.json").unlink(missing_ok=True)
+    cases = {case: flags for case, flags in {**RULES, **FORMATS}.items() if case in QUICK or not args.quick}
+    seeds = [0, 1] if args.quick else [int(seed) for seed in args.seeds.split(",")]
+    base = TINY if args.quick else ["--threads", str(max(1, len(os.sched_getaffinity(0)) // args.workers))]
+    wanted = [point(case, seed, base, flags) for seed in seeds for case, flags in cases.items()]
+    points = emulated.Points(out / "points.json")
+    points.measure(wanted, lambda p: train(args.build / "poe-pipe", p["flags"]), args.workers)
+    results = by_case(points, wanted)
     text = table(results, seeds)
     (out / "sync.md").write_text(text)
     print(text, end="")
