@@ -44,6 +44,10 @@ typedef struct poe_net {
  * and "none" leave the network real. POE_BAD_INPUT: said, naming the rule. The caller frees *net in any case. */
 poe_status poe_net_read(const char *text, int size, poe_net *net);
 void poe_net_free(poe_net *net);
+/* Ranks k, k + size/V, ... share a processor (--schedule interleaved with V = n_virtual; divides size): between them there
+ * is no network. POE_BAD_INPUT: said, when another link is to have a bandwidth, of which a processor's ranks would have
+ * one each. */
+poe_status poe_net_share(poe_net *net, int n_virtual);
 
 static inline const poe_net_link *poe_net_link_of(const poe_net *net, int from, int to)
 {

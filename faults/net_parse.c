@@ -322,6 +322,24 @@ poe_status poe_net_read(const char *value, int size, poe_net *net)
     return poe_rules_read(&rules, value);
 }
 
+poe_status poe_net_share(poe_net *net, int n_virtual)
+{
+    int processors = net->size / n_virtual;
+    for (int from = 0; n_virtual > 1 && from < net->size; from++)
+        for (int to = 0; to < net->size; to++) {
+            poe_net_link *link = &net->links[from * net->size + to];
+            if (from % processors == to % processors)
+                *link = (poe_net_link){0};
+            if (!(link->bandwidth > 0))
+                continue;
+            poe_error("--net: link %d>%d has a bandwidth, which the %d ranks of a processor under --schedule interleaved "
+                      "would have to share; that is not emulated, but delays, jitter, loss and outages are", from, to,
+                      n_virtual);
+            return POE_BAD_INPUT;
+        }
+    return POE_OK;
+}
+
 void poe_net_free(poe_net *net)
 {
     free(net->links);

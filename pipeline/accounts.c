@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 #include "pipeline/accounts.h"
 
+#include "pipeline/streams.h"
 #include "pipeline/trace.h"
 #include "src/clock.h"
 #include "src/moment.h"
@@ -8,7 +9,7 @@
 const char *poe_account_name(poe_account account)
 {
     static const char *const names[] = {"forward", "backward", "optimizer", "receive", "credit", "shared",
-                                        "send",    "data",     "checkpoint", "other",  "evaluation"};
+                                        "turn",    "send",     "data",       "checkpoint", "other",  "evaluation"};
     return names[account];
 }
 
@@ -75,7 +76,8 @@ static void waited(void *context, poe_wait_kind kind, int peer, int channel, dou
     if (a->current == POE_ACCOUNT_CHECKPOINT || a->current == POE_ACCOUNT_OUTSIDE)
         return;
     pass(a, a->current, from);
-    pass(a, account_of[kind], to);
+    bool turn = kind == POE_WAIT_RECEIVE && channel == POE_CHANNEL_TURN;
+    pass(a, turn ? POE_ACCOUNT_TURN : account_of[kind], to);
     if (kind == POE_WAIT_RECEIVE) {
         a->receive_wait[channel] += to - from;
         a->receive_peer[channel] = peer;

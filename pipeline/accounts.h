@@ -22,6 +22,7 @@ typedef enum poe_account {
     POE_ACCOUNT_RECEIVE,    /* waits: for a message */
     POE_ACCOUNT_CREDIT,     /* ... for room at the receiver */
     POE_ACCOUNT_SHARED,     /* ... for the shared gradients' sum */
+    POE_ACCOUNT_TURN,       /* ... for the turn on a processor that several ranks share (--schedule interleaved) */
     POE_ACCOUNT_SEND,       /* filling messages and handing them over */
     POE_ACCOUNT_DATA,       /* reading tokens, checking received ones */
     POE_ACCOUNT_CHECKPOINT,

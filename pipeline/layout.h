@@ -11,9 +11,7 @@
 #include "stages/model.h"
 
 typedef struct poe_layout {
-    poe_schedule schedule;
-    int n_ranks;       /* P */
-    int micro_batches; /* M of a step, of all ranks together */
+    poe_order order;   /* M of all ranks together */
     int delay;         /* D of --sync stale:D */
     int link_window;   /* --link-window; 0: none given */
 } poe_layout;

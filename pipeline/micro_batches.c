@@ -52,7 +52,7 @@ static poe_status read_batch(poe_micro_batches *m, poe_batch *batch, int slot)
         status = read_next(m, batch);
     if (status != POE_OK)
         return status;
-    bool last = batch->micro == r->layout.micro_batches - 1;
+    bool last = batch->micro == r->layout.order.n_micro - 1;
     batch->flags = (uint32_t)poe_feed_epoch(r->corpus.train) << POE_EPOCH_SHIFT;
     if (last && poe_recovery_stops_after(r, batch->step))
         batch->flags |= POE_FLAG_STOP;
@@ -82,7 +82,7 @@ static poe_status read_rest(poe_micro_batches *m)
     poe_status status = POE_OK;
     enter(m, POE_ACCOUNT_DATA, &batch);
     poe_streams_own_tokens(&r->streams, 0, &batch);
-    while (status == POE_OK && m->read < r->layout.micro_batches)
+    while (status == POE_OK && m->read < r->layout.order.n_micro)
         status = read_next(m, &batch);
     m->epoch = (uint32_t)poe_feed_epoch(r->corpus.train);
     m->stop = poe_comm_stop_wanted(r->comm);
@@ -111,7 +111,7 @@ static poe_status before_backward(poe_micro_batches *m, const poe_batch *batch)
 {
     if (batch->micro == 0)
         enter(m, POE_ACCOUNT_OPTIMIZER, batch);
-    return poe_shared_before_backward(&m->run->shared, m->step, batch->micro == m->run->layout.micro_batches - 1);
+    return poe_shared_before_backward(&m->run->shared, m->step, batch->micro == m->run->layout.order.n_micro - 1);
 }
 
 static poe_status forward(poe_micro_batches *m, poe_batch *batch, int slot)
@@ -156,7 +156,7 @@ static poe_status compute_backward(poe_micro_batches *m, const poe_batch *batch,
     double loss;
     enter_work(m, POE_ACCOUNT_BACKWARD, batch);
     poe_status status = (input ? compute->ops->backward_input : compute->ops->backward)(
-        compute, slot, batch->targets, m->run->layout.micro_batches, poe_crossing_or_null(d_out),
+        compute, slot, batch->targets, m->run->layout.order.n_micro, poe_crossing_or_null(d_out),
         poe_crossing_or_null(d_in), &loss);
     enter(m, POE_ACCOUNT_OTHER, batch);
     if (status == POE_NUMERIC)
@@ -239,8 +239,13 @@ poe_status poe_micro_batches_run(poe_micro_batches *m, int64_t step)
     m->step = step;
     m->read = m->counted = 0;
     m->sum = 0;
-    for (int i = 0; status == POE_OK && i < m->n_tasks; i++)
-        status = run_task(m, m->tasks[i]);
+    for (int i = 0; status == POE_OK && i < m->n_tasks; i++) {
+        status = poe_turns_take(&m->run->turns, step, i);
+        if (status == POE_OK)
+            status = run_task(m, m->tasks[i]);
+        if (status == POE_OK)
+            status = poe_turns_pass(&m->run->turns, step, i);
+    }
     if (status == POE_OK && poe_layout_replicated(&m->run->layout))
         status = read_rest(m);
     if (status != POE_OK)
@@ -254,13 +259,13 @@ poe_status poe_micro_batches_open(poe_micro_batches *m, poe_run *run, poe_step_r
 {
     const poe_layout *l = &run->layout;
     *m = (poe_micro_batches){.run = run, .reports = reports, .n_slots = poe_layout_slots(l, run->index)};
-    m->tasks = calloc(3 * (size_t)l->micro_batches, sizeof(*m->tasks));
+    m->tasks = calloc(3 * (size_t)l->order.n_micro, sizeof(*m->tasks));
     m->slots = calloc((size_t)m->n_slots, sizeof(*m->slots));
     if (!m->tasks || !m->slots) {
-        poe_error("out of memory for the schedule of %d micro-batches", l->micro_batches);
+        poe_error("out of memory for the schedule of %d micro-batches", l->order.n_micro);
         return POE_FAILED;
     }
-    m->n_tasks = poe_schedule_tasks(l->schedule, l->n_ranks, run->rank, l->micro_batches, m->tasks);
+    m->n_tasks = poe_schedule_tasks(&l->order, run->rank, m->tasks);
     return POE_OK;
 }
 

@@ -107,7 +107,7 @@ static void message_bytes(const poe_options *o, const poe_model *model, poe_theo
 {
     size_t rows = (size_t)o->device_batch_size * (size_t)o->sequence_len;
     double n = (double)rows, crossing = (double)poe_wire_bytes(poe_wire_parse(o->wire), rows, (size_t)o->n_embd);
-    bool chained = poe_schedule_chained(job->schedule);
+    bool chained = poe_schedule_chained(job->order.schedule);
     if (model->config.n_stages > 1 && poe_model_crosses_x0(model, 0))
         crossing *= 2;
     job->forward_bytes = crossing + 2 * n * sizeof(int32_t);
@@ -116,12 +116,12 @@ static void message_bytes(const poe_options *o, const poe_model *model, poe_theo
 
 static void set_links(const poe_plan_settings *s, poe_theory_job *job)
 {
-    for (int k = 0; k < job->n_ranks; k++) {
+    for (int k = 0; k < job->order.n_ranks; k++) {
         poe_theory_link here = {0};
         if (s->calibration)
             here = (poe_theory_link){.latency = s->calibration->latency, .bandwidth = s->calibration->bandwidth};
         /* Other numbers of ranks than the network was described for have its first link throughout. */
-        int link = job->n_ranks == s->n_ranks ? k : 0;
+        int link = job->order.n_ranks == s->n_ranks ? k : 0;
         job->down[k] = s->down ? s->down[link] : here;
         job->up[k] = s->up ? s->up[link] : here;
     }
@@ -134,13 +134,11 @@ static poe_status make_job(const poe_plan_settings *s, const poe_options *o, int
     poe_status status = new_model(o, &model);
     poe_layout layout;
     poe_layout_init(&layout, o, n_ranks);
-    *job = (poe_theory_job){.schedule = layout.schedule,
-                            .n_ranks = n_ranks,
-                            .n_micro = layout.micro_batches,
+    *job = (poe_theory_job){.order = layout.order,
                             .delay = o->sync_delay,
                             .every = o->sync_every,
                             .own_first = strcmp(o->head, "ps") == 0};
-    job->window = poe_schedule_chained(job->schedule) ? 0 : poe_layout_window(&layout, 0);
+    job->window = poe_schedule_chained(job->order.schedule) ? 0 : poe_layout_window(&layout, 0);
     bool replicated = poe_layout_replicated(&layout);
     for (int k = 0; status == POE_OK && k < n_ranks; k++) {
         if (s->given)
@@ -403,7 +401,7 @@ static poe_status add_even_cases(const poe_plan_settings *s, const poe_options *
         return status;
     status = add_case(s, &o, "even", plan);
     const poe_theory_job *job = &plan->cases[plan->n_cases - 1].job;
-    if (status == POE_OK && job->schedule == POE_SCHEDULE_POE && job->shares) {
+    if (status == POE_OK && job->order.schedule == POE_SCHEDULE_POE && job->shares) {
         o.sync_delay = capped_delay(job);
         o.sync_every = 0;
         status = add_case(s, &o, "even streaming", plan);
@@ -436,13 +434,13 @@ static poe_status measure_memory(const poe_plan_settings *s, const poe_options *
 static void count_bytes(const poe_theory_job *job, poe_plan *plan)
 {
     double sums = !job->shares ? 0 : job->shared_bytes / (job->every ? job->every : 1);
-    if (job->schedule == POE_SCHEDULE_DDP) {
-        plan->down_bytes = 2 * sums * (job->n_ranks - 1) / job->n_ranks;
+    if (job->order.schedule == POE_SCHEDULE_DDP) {
+        plan->down_bytes = 2 * sums * (job->order.n_ranks - 1) / job->order.n_ranks;
         return;
     }
-    bool linked = job->n_ranks > 1;
-    plan->down_bytes = linked ? job->n_micro * job->forward_bytes + sums : 0;
-    plan->up_bytes = linked ? job->n_micro * job->backward_bytes + sums : 0;
+    bool linked = job->order.n_ranks > 1;
+    plan->down_bytes = linked ? job->order.n_micro * job->forward_bytes + sums : 0;
+    plan->up_bytes = linked ? job->order.n_micro * job->backward_bytes + sums : 0;
 }
 
 poe_status poe_plan_make(const poe_plan_settings *s, poe_plan *plan)
@@ -459,7 +457,7 @@ poe_status poe_plan_make(const poe_plan_settings *s, poe_plan *plan)
         return status;
     const poe_theory_job *job = &plan->cases[0].job;
     count_bytes(job, plan);
-    bool poe = job->schedule == POE_SCHEDULE_POE;
+    bool poe = job->order.schedule == POE_SCHEDULE_POE;
     plan->smallest_delay = poe && job->shares ? poe_theory_smallest_delay(job) : 0;
     if (plan->smallest_delay && plan->smallest_delay <= POE_OPTION_DELAY)
         status = add_streaming(s, &asked, plan);

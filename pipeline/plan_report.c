@@ -6,9 +6,14 @@
 
 #include "pipeline/plan.h"
 
-static double share_idle(const poe_theory_result *result, int rank)
+/* Of the rank's processor. */
+static double share_idle(const poe_plan_case *c, int rank)
 {
-    return result->step > 0 ? 1 - result->busy[rank] / result->step : 0;
+    int processors = poe_schedule_processors(&c->job.order);
+    double busy = 0;
+    for (int k = rank % processors; k < c->job.order.n_ranks; k += processors)
+        busy += c->result.busy[k];
+    return c->result.step > 0 ? 1 - busy / c->result.step : 0;
 }
 
 static const char *time_text(double seconds, char text[32])
@@ -83,7 +88,7 @@ static void print_rank(const poe_plan *plan, const char *name, int k)
     char a[32], b[32], c[32], d[32], e[32];
     printf("%6s %7d %11s %11s %11s %12s %7.1f %% %11s\n", name, layers_at(plan, k), time_text(rank->forward, a),
            time_text(rank->backward, b), time_text(rank->update_own + rank->update_shared, c),
-           time_text(asked->result.busy[k], d), 100 * share_idle(&asked->result, k), bytes_text(memory_at(plan, k), e));
+           time_text(asked->result.busy[k], d), 100 * share_idle(asked, k), bytes_text(memory_at(plan, k), e));
 }
 
 /* Ranks that are alike in a row share a line. */
@@ -108,7 +113,7 @@ static void print_cases(const poe_plan *plan)
     for (int i = 0; i < plan->n_cases; i++) {
         const poe_plan_case *c = &plan->cases[i];
         char rule[32], step[32], closed[32], layout[512];
-        printf("%-16s  %-8s  %-10s %9s %12.0f %6.1f %% %11s   %s\n", c->name, poe_schedule_name(c->job.schedule),
+        printf("%-16s  %-8s  %-10s %9s %12.0f %6.1f %% %11s   %s\n", c->name, poe_schedule_name(c->job.order.schedule),
                rule_text(&c->job, rule), time_text(c->result.step, step), plan->tokens / c->result.step,
                100 * c->result.idle, c->closed > 0 ? time_text(c->closed, closed) : "-",
                layout_text(&c->layout, layout));
@@ -157,9 +162,9 @@ static void print_advice(const poe_plan *plan)
     char a[32], b[32];
     printf("\nlinks     %s per step from a rank to the next, %s back; messages of %.2f MiB\n",
            bytes_text(plan->down_bytes, a), bytes_text(plan->up_bytes, b), asked->job.forward_bytes / 0x1p20);
-    if (asked->job.n_ranks > 1)
+    if (asked->job.order.n_ranks > 1)
         printf("fill      %s until the last rank has its first input; %s\n", time_text(asked->result.fill, a),
-               asked->job.delay || asked->job.schedule == POE_SCHEDULE_ZB_H2 ? "once a run" : "once a step");
+               asked->job.delay || asked->job.order.schedule == POE_SCHEDULE_ZB_H2 ? "once a run" : "once a step");
     if (plan->smallest_delay > POE_OPTION_DELAY)
         printf("streaming would need --sync stale:%d; at most %d are allowed\n", plan->smallest_delay,
                POE_OPTION_DELAY);
@@ -177,7 +182,7 @@ void poe_plan_print(const poe_plan_settings *s, const poe_plan *plan, const char
     const poe_theory_job *job = &plan->cases[0].job;
     char layout[512];
     printf("plan      %d ranks, stages %s, --objective %s, %d micro-batches of %d x %d tokens a step\n", s->n_ranks,
-           layout_text(&plan->cases[0].layout, layout), o->objective, job->n_micro, o->device_batch_size,
+           layout_text(&plan->cases[0].layout, layout), o->objective, job->order.n_micro, o->device_batch_size,
            o->sequence_len);
     printf("rates     %s\n", rates);
     printf("network   %s\n", network);
@@ -202,8 +207,8 @@ static json_t *case_json(const poe_plan *plan, const poe_plan_case *c)
     const poe_theory_result *result = &c->result;
     char rule[32];
     return json_pack("{s:s, s:o, s:s, s:s, s:i, s:i, s:f, s:f, s:f, s:f, s:o}", "name", c->name, "stages",
-                     layout_json(&c->layout), "schedule", poe_schedule_name(c->job.schedule), "sync",
-                     rule_text(&c->job, rule), "ranks", c->job.n_ranks, "micro_batches", c->job.n_micro, "step",
+                     layout_json(&c->layout), "schedule", poe_schedule_name(c->job.order.schedule), "sync",
+                     rule_text(&c->job, rule), "ranks", c->job.order.n_ranks, "micro_batches", c->job.order.n_micro, "step",
                      result->step, "tokens_per_second", plan->tokens / result->step, "idle", result->idle, "fill",
                      result->fill, "formula", c->closed > 0 ? json_real(c->closed) : json_null());
 }
@@ -226,7 +231,7 @@ static json_t *ranks_json(const poe_plan_settings *s, const poe_plan *plan)
             list, json_pack("{s:f, s:f, s:f, s:f, s:f, s:f, s:f, s:f, s:f, s:o}", "forward", rank->forward, "backward",
                             rank->backward, "backward_input", rank->backward_input, "backward_weight",
                             rank->backward_weight, "update_own", rank->update_own, "update_shared", rank->update_shared,
-                            "busy", asked->result.busy[k], "idle", share_idle(&asked->result, k), "memory",
+                            "busy", asked->result.busy[k], "idle", share_idle(asked, k), "memory",
                             memory_at(plan, k), "memory_parts", memory_json(&plan->memory[k])));
     }
     return list;
@@ -235,7 +240,7 @@ static json_t *ranks_json(const poe_plan_settings *s, const poe_plan *plan)
 static json_t *links_json(const poe_theory_job *job)
 {
     json_t *list = json_array();
-    for (int k = 0; k + 1 < job->n_ranks; k++)
+    for (int k = 0; k + 1 < job->order.n_ranks; k++)
         json_array_append_new(
             list, json_pack("{s:f, s:f, s:f, s:f}", "down_latency", job->down[k].latency, "down_bandwidth",
                             job->down[k].bandwidth, "up_latency", job->up[k].latency, "up_bandwidth",

@@ -44,7 +44,7 @@ poe_attendance poe_recovery_reach(poe_run *r, int64_t step, int micro)
 static uint64_t first_unsent(const poe_run *r, int64_t from)
 {
     const poe_board *board = poe_comm_board(r->comm);
-    const int channel = POE_CHANNEL_BATCH + POE_CHANNEL_PAYLOAD, micro_batches = r->layout.micro_batches;
+    const int channel = POE_CHANNEL_BATCH + POE_CHANNEL_PAYLOAD, micro_batches = r->layout.order.n_micro;
     uint64_t first = UINT64_MAX;
     for (int i = 0; i < r->streams.n_targets; i++) {
         int peer = r->streams.targets[i];

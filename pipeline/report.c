@@ -68,8 +68,8 @@ static void print_model(const poe_options *o, const poe_model *m, const poe_layo
     printf("          vocabulary %d (padded to %zu), sequence %d, %.3f M parameters\n", c->vocab_size, m->vocab_padded,
            c->sequence_len, (double)poe_model_parameters(m) / 1e6);
     printf("objective %s, alpha %g, %d stages, --schedule %s, --sync %s, %d steps of %lld tokens (%d micro-batches of "
-           "%d x %d)\n", o->objective, c->alpha, c->n_stages, poe_schedule_name(l->schedule), o->sync, o->num_iterations,
-           (long long)o->total_batch_size, l->micro_batches, o->device_batch_size, c->sequence_len);
+           "%d x %d)\n", o->objective, c->alpha, c->n_stages, poe_schedule_name(l->order.schedule), o->sync, o->num_iterations,
+           (long long)o->total_batch_size, l->order.n_micro, o->device_batch_size, c->sequence_len);
 }
 
 static void print_stage(const poe_model *m, int k, const poe_run_memory *memory)
@@ -444,11 +444,15 @@ static void print_times(const poe_run *r, const rank_facts *all)
     }
 }
 
-/* Share of the steps' time, checkpoints and the first `fill` seconds left out, in which the rank was not busy. */
-static double idle(const rank_facts *facts, double fill)
+/* Share of the steps' time, checkpoints and the first `fill` seconds left out, in which rank k was not busy, nor any that
+ * shares its processor. */
+static double idle(const poe_run *r, const rank_facts *all, int k, double fill)
 {
-    double time = facts->times.wall - facts->times.seconds[POE_ACCOUNT_CHECKPOINT] - fill;
-    return time > 0 ? 1 - poe_account_busy(&facts->times) / time : 0;
+    int processors = poe_schedule_processors(&r->layout.order);
+    double time = all[k].times.wall - all[k].times.seconds[POE_ACCOUNT_CHECKPOINT] - fill, busy = 0;
+    for (int i = k % processors; i < r->size; i += processors)
+        busy += poe_account_busy(&all[i].times);
+    return time > 0 ? 1 - busy / time : 0;
 }
 
 static void print_traffic(const poe_run *r, const rank_facts *all)
@@ -462,13 +466,13 @@ static void print_traffic(const poe_run *r, const rank_facts *all)
         if (s->transfer > 0)
             snprintf(overlap, sizeof(overlap), "%.0f %%", share(s->transfer_busy, s->transfer));
         format_time(all[k].fill, fill);
-        printf("%5d %6.1f %% %6s %9s  %9s  %9s %11s  %9s  %9s\n", k, 100 * idle(&all[k], 0), fill,
+        printf("%5d %6.1f %% %6s %9s  %9s  %9s %11s  %9s  %9s\n", k, 100 * idle(r, all, k, 0), fill,
                mib((double)s->bytes_sent, sent), mib(all[k].sent, step), mib(all[k].dense, dense), overlap, mib((double)all[k].arenas, arenas), mib((double)all[k].peak, peak));
     }
     if (r->size > 1)
-        printf("(idle: neither forward, backward nor optimizer; fill: until the first forward; fp32: a step's bytes if all\n"
+        printf("(idle: neither forward, backward nor optimizer%s; fill: until the first forward; fp32: a step's bytes if all\n"
                "of it travelled in fp32; overlapped: share of the time with a message under way in which the rank was\n"
-               "computing)\n");
+               "computing)\n", r->layout.order.n_virtual > 1 ? ", nor another rank on its processor" : "");
 }
 
 /* The last line of the metrics. */
@@ -477,9 +481,9 @@ static poe_status write_idle(poe_run *r, const rank_facts *all)
     json_t *whole = json_array(), *fill = json_array(), *after = json_array(), *accounts = json_array();
     json_t *sent = json_array(), *dense = json_array(), *memory = json_array();
     for (int k = 0; k < r->size; k++) {
-        json_array_append_new(whole, json_real(idle(&all[k], 0)));
+        json_array_append_new(whole, json_real(idle(r, all, k, 0)));
         json_array_append_new(fill, json_real(all[k].fill));
-        json_array_append_new(after, json_real(idle(&all[k], all[k].fill)));
+        json_array_append_new(after, json_real(idle(r, all, k, all[k].fill)));
         json_array_append_new(accounts, poe_account_json(&all[k].times));
         json_array_append_new(sent, json_real(all[k].sent));
         json_array_append_new(dense, json_real(all[k].dense));

@@ -29,7 +29,7 @@ int poe_run_threads(const poe_options *options, int ranks_on_host)
 {
     if (options->threads)
         return options->threads;
-    int share = cores_of_host() / ranks_on_host;
+    int share = cores_of_host() * poe_options_virtual(options) / ranks_on_host;
     return share > 1 ? share : 1;
 }
 
@@ -287,7 +287,7 @@ static poe_stage_settings train_settings(const poe_options *o, const poe_layout 
                                 .rows = (size_t)o->device_batch_size,
                                 .slots = poe_layout_slots(layout, stage),
                                 .training = true,
-                                .split = poe_schedule_splits(layout->schedule),
+                                .split = poe_schedule_splits(layout->order.schedule),
                                 .recompute = recompute};
 }
 
@@ -460,6 +460,8 @@ static poe_status open_links(poe_run *r)
     poe_status status = open_streams(r, floats);
     if (status == POE_OK && trains(r))
         status = open_sums(r);
+    if (status == POE_OK && trains(r))
+        status = poe_turns_open(&r->turns, r->comm, &r->layout, r->first_step, r->id);
     if (status == POE_OK && !(r->evaluation_memory = calloc(2 * floats, sizeof(float)))) {
         poe_error("out of memory for %zu log-probabilities", 2 * floats);
         status = POE_FAILED;
@@ -524,6 +526,7 @@ void poe_run_close(poe_run *r)
     if (r->shared.stage)
         poe_shared_close(&r->shared);
     poe_replicas_close(&r->replicas);
+    poe_turns_close(&r->turns);
     poe_streams_close(&r->streams);
     free(r->evaluation_memory);
     poe_stage_destroy(r->stage);
@@ -590,7 +593,7 @@ static poe_status size_with(const poe_options *o, const poe_model *model, const 
     uint64_t pending = 0;
     poe_status status = poe_stage_size(model, &settings, &parts);
     if (status == POE_OK)
-        status = pending_bytes(o, model, layout->n_ranks, &pending);
+        status = pending_bytes(o, model, layout->order.n_ranks, &pending);
     if (status == POE_OK)
         status = own_gradient_floats(model, stage, &own_floats);
     if (status != POE_OK)
@@ -609,7 +612,7 @@ static poe_status size_with(const poe_options *o, const poe_model *model, const 
         .recompute = recompute,
     };
     if (poe_layout_replicated(layout))
-        memory->messages += poe_replicas_memory(layout->n_ranks, own_floats, poe_layout_window(layout, 0));
+        memory->messages += poe_replicas_memory(layout->order.n_ranks, own_floats, poe_layout_window(layout, 0));
     return POE_OK;
 }
 
@@ -643,7 +646,7 @@ poe_status poe_run_size(const poe_options *o, const poe_model *model, const poe_
             continue;
         poe_status status = size_with(o, model, layout, stage, threads, recompute, memory);
         memory->snapshots = agents && status == POE_OK ? snapshot_bytes(memory) : 0;
-        bool only = poe_schedule_splits(layout->schedule); /* nothing may be made again between the two halves */
+        bool only = poe_schedule_splits(layout->order.schedule); /* nothing may be made again between the two halves */
         if (status != POE_OK || only || fits(o, memory))
             return status;
     }

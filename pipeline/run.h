@@ -20,6 +20,7 @@
 #include "pipeline/shared.h"
 #include "pipeline/streams.h"
 #include "pipeline/trace.h"
+#include "pipeline/turns.h"
 #include "src/options.h"
 #include "stages/cpu/cpu.h"
 #include "stages/stage.h"
@@ -87,6 +88,7 @@ typedef struct poe_run {
     poe_streams streams;
     poe_shared_rule shared;
     poe_replicas replicas;        /* of a training run with --schedule ddp */
+    poe_turns turns;              /* of a training run: with --schedule interleaved, else nobody's */
     poe_checkpoint_store *store;
     poe_evaluator evaluator;
     float *evaluation_memory;
@@ -124,7 +126,8 @@ uint64_t poe_run_memory_total(const poe_run_memory *memory); /* of the stage, wi
 /* POE_BAD_INPUT when that and the snapshots are more than --memory-limit. */
 poe_status poe_run_check_memory(const poe_options *options, int stage, const poe_run_memory *memory);
 
-/* Threads of each of `ranks_on_host` ranks: --threads, or the host's cores shared out, at least 1. */
+/* Threads of each of `ranks_on_host` ranks: --threads, or the host's cores shared out, at least 1. Ranks that take turns
+ * have their processor's share each. */
 int poe_run_threads(const poe_options *options, int ranks_on_host);
 
 #endif

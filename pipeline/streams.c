@@ -35,7 +35,8 @@ const char *poe_channel_name(poe_channel channel)
                                         [POE_CHANNEL_TRACE] = "trace",
                                         [POE_CHANNEL_SHARED_HEAD] = "gradients of the head",
                                         [POE_CHANNEL_SHARED_SMEAR] = "gradients of smear",
-                                        [POE_CHANNEL_COPY] = "copies of a checkpoint"};
+                                        [POE_CHANNEL_COPY] = "copies of a checkpoint",
+                                        [POE_CHANNEL_TURN] = "the turn"};
     return names[channel];
 }
 
@@ -133,7 +134,7 @@ static void encode_crossing(poe_streams *s, int direction, int from, const poe_b
 /* Whether gradients come back along the edges of this run. */
 static bool goes_back(const poe_streams_settings *settings)
 {
-    return settings->training && poe_schedule_chained(settings->layout->schedule);
+    return settings->training && poe_schedule_chained(settings->layout->order.schedule);
 }
 
 /* Of the links from stage `from` on. What is not trained on is not kept. */

@@ -31,6 +31,7 @@ typedef enum poe_channel {
     POE_CHANNEL_SHARED_HEAD,
     POE_CHANNEL_SHARED_SMEAR,
     POE_CHANNEL_COPY,
+    POE_CHANNEL_TURN,
 } poe_channel;
 
 const char *poe_channel_name(poe_channel channel); /* what it carries: "activations", ... */
@@ -50,6 +51,7 @@ typedef enum poe_kind {
     POE_KIND_CLOCK,
     POE_KIND_TRACE,
     POE_KIND_COPY,
+    POE_KIND_TURN,
 } poe_kind;
 
 /* Of poe_message.flags: stop after this step; a stage before could not work on this micro-batch, and no later one can;

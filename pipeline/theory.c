@@ -37,12 +37,15 @@ typedef enum event_kind {
     TOTAL_LEFT, /* its buffer is free again */
     RING_IN,
     RING_CREDIT,
+    TURN, /* the rank's, on a processor that it shares */
 } event_kind;
 
 /* Everything that is counted is counted from the start of the run. */
 typedef struct rank_state {
     act *acts;
     int n_acts, at;
+    poe_turn *turns; /* (n_acts) where ranks share processors; else NULL */
+    bool waits;      /* for its turn */
     int step;
     bool computing, ended;
     double busy, settled_at, settled_busy, step_end, step_busy;
@@ -108,7 +111,7 @@ static void send(simulation *s, const poe_theory_link *link, double *free_at, do
 
 static void send_down(simulation *s, int from, double bytes, event_kind kind)
 {
-    send(s, &s->job->down[from], &s->down_free[from], bytes, kind, (from + 1) % s->job->n_ranks);
+    send(s, &s->job->down[from], &s->down_free[from], bytes, kind, (from + 1) % s->job->order.n_ranks);
 }
 
 static void send_up(simulation *s, int from, double bytes, event_kind kind)
@@ -151,7 +154,7 @@ static void pass_total_up(simulation *s, int r, int64_t chunk)
 static void advance_chain(simulation *s, int r)
 {
     rank_state *me = &s->ranks[r];
-    bool first = r == 0, last = r + 1 == s->job->n_ranks;
+    bool first = r == 0, last = r + 1 == s->job->order.n_ranks;
     while (me->partials_done < me->begun * s->chunks && (first || me->partials_done < me->partials_in) &&
            me->partials_done - me->partials_left < CHUNKS_UNDER_WAY) {
         if (last && !first)
@@ -174,7 +177,7 @@ static void advance_chain(simulation *s, int r)
 static void advance_ring(simulation *s, int r)
 {
     rank_state *me = &s->ranks[r];
-    int n = s->job->n_ranks, previous = (r + n - 1) % n;
+    int n = s->job->order.n_ranks, previous = (r + n - 1) % n;
     int64_t rounds = 2 * ((int64_t)n - 1);
     while (me->ring_out < me->begun * rounds && (me->ring_out % rounds == 0 || me->ring_out <= me->ring_in) &&
            has_room(s, me->ring_out, me->ring_credited)) {
@@ -188,7 +191,7 @@ static void advance_ring(simulation *s, int r)
 
 static void advance_sum(simulation *s, int r)
 {
-    if (s->job->schedule == POE_SCHEDULE_DDP)
+    if (s->job->order.schedule == POE_SCHEDULE_DDP)
         advance_ring(s, r);
     else
         advance_chain(s, r);
@@ -198,19 +201,19 @@ static void advance_sum(simulation *s, int r)
 
 static bool has_previous(const simulation *s, int r)
 {
-    return r > 0 && s->job->schedule != POE_SCHEDULE_DDP;
+    return r > 0 && s->job->order.schedule != POE_SCHEDULE_DDP;
 }
 
 static bool has_next(const simulation *s, int r)
 {
-    return r + 1 < s->job->n_ranks && s->job->schedule != POE_SCHEDULE_DDP;
+    return r + 1 < s->job->order.n_ranks && s->job->order.schedule != POE_SCHEDULE_DDP;
 }
 
 static bool may_start_task(const simulation *s, int r, poe_task task)
 {
     const rank_state *me = &s->ranks[r];
-    int64_t number = (int64_t)me->step * s->job->n_micro + task.micro;
-    bool chained = poe_schedule_chained(s->job->schedule);
+    int64_t number = (int64_t)me->step * s->job->order.n_micro + task.micro;
+    bool chained = poe_schedule_chained(s->job->order.schedule);
     switch (task.kind) {
     case POE_TASK_FORWARD:
         return (!has_previous(s, r) || me->forwards_in > number) &&
@@ -240,7 +243,7 @@ static double task_seconds(const poe_theory_rank *rank, poe_task_kind kind)
 static void finish_task(simulation *s, int r, poe_task_kind kind)
 {
     rank_state *me = &s->ranks[r];
-    bool chained = poe_schedule_chained(s->job->schedule), splits = poe_schedule_splits(s->job->schedule);
+    bool chained = poe_schedule_chained(s->job->order.schedule), splits = poe_schedule_splits(s->job->order.schedule);
     if (kind == POE_TASK_FORWARD && has_next(s, r)) {
         me->forwards_out++;
         send_down(s, r, s->job->forward_bytes, FORWARD_IN);
@@ -311,12 +314,14 @@ static bool advance_rank(simulation *s, int r)
         return false;
     if (me->step == s->job->n_steps)
         return drain(s, r);
+    if (me->waits)
+        return false;
     const act *a = &me->acts[me->at];
     switch (a->kind) {
     case ACT_TASK:
         if (!may_start_task(s, r, a->task))
             return false;
-        if (r + 1 == s->job->n_ranks && me->busy <= 0 && me->at == 0)
+        if (r + 1 == s->job->order.n_ranks && me->busy <= 0 && me->at == 0)
             s->fill = s->now;
         compute(s, r, task_seconds(rates, a->task.kind));
         return false;
@@ -345,6 +350,17 @@ static bool advance_rank(simulation *s, int r)
     return true;
 }
 
+/* To whom it is next on the same processor, if that is another rank. */
+static void pass_turn(simulation *s, rank_state *me)
+{
+    int after = me->turns ? me->turns[me->at].after : -1;
+    if (after < 0)
+        return;
+    me->waits = true;
+    s->ranks[after].waits = false;
+    schedule_event(s, s->now, TURN, after);
+}
+
 static void take_event(simulation *s, event_kind kind, int r)
 {
     rank_state *me = &s->ranks[r];
@@ -355,6 +371,7 @@ static void take_event(simulation *s, event_kind kind, int r)
             break;
         if (me->acts[me->at].kind == ACT_TASK)
             finish_task(s, r, me->acts[me->at].task.kind);
+        pass_turn(s, me);
         if (++me->at == me->n_acts)
             end_step(s, me);
         break;
@@ -384,7 +401,7 @@ static void take_event(simulation *s, event_kind kind, int r)
         break;
     case TOTAL_LEFT:
         me->totals_left++;
-        me->partials_left += r + 1 == s->job->n_ranks; /* turned round in the buffer that it came in */
+        me->partials_left += r + 1 == s->job->order.n_ranks; /* turned round in the buffer that it came in */
         advance_sum(s, r);
         break;
     case RING_IN:
@@ -394,6 +411,8 @@ static void take_event(simulation *s, event_kind kind, int r)
     case RING_CREDIT:
         me->ring_credited++;
         advance_sum(s, r);
+        break;
+    case TURN:
         break;
     }
     while (advance_rank(s, r))
@@ -410,7 +429,7 @@ static void add_act(rank_state *me, act_kind kind)
 /* Mirrors poe_shared_step(); under ddp nothing can be updated before the sum is there. */
 static void add_sum(const poe_theory_job *job, rank_state *me)
 {
-    bool ring = job->schedule == POE_SCHEDULE_DDP, own_first = job->every || (job->own_first && !job->delay);
+    bool ring = job->order.schedule == POE_SCHEDULE_DDP, own_first = job->every || (job->own_first && !job->delay);
     if (!ring && own_first)
         add_act(me, ACT_UPDATE_OWN);
     add_act(me, ACT_BEGIN);
@@ -422,16 +441,27 @@ static void add_sum(const poe_theory_job *job, rank_state *me)
     add_act(me, ACT_UPDATE_SHARED);
 }
 
+/* The first rank of each processor begins. */
+static poe_status write_turns(const poe_theory_job *job, int r, rank_state *me)
+{
+    me->turns = malloc((size_t)me->n_acts * sizeof(*me->turns));
+    if (!me->turns)
+        return POE_FAILED;
+    poe_schedule_turns(&job->order, r, me->turns);
+    me->waits = r >= poe_schedule_processors(&job->order);
+    return POE_OK;
+}
+
 static poe_status write_program(const poe_theory_job *job, int r, rank_state *me)
 {
-    size_t most = 3 * (size_t)job->n_micro;
+    size_t most = 3 * (size_t)job->order.n_micro;
     poe_task *tasks = malloc(most * sizeof(*tasks));
     me->acts = malloc((most + 4) * sizeof(*me->acts));
     if (!tasks || !me->acts) {
         free(tasks);
         return POE_FAILED;
     }
-    int n = poe_schedule_tasks(job->schedule, job->n_ranks, r, job->n_micro, tasks);
+    int n = poe_schedule_tasks(&job->order, r, tasks);
     for (int i = 0; i < n; i++)
         me->acts[me->n_acts++] = (act){.kind = ACT_TASK, .task = tasks[i]};
     free(tasks);
@@ -439,12 +469,12 @@ static poe_status write_program(const poe_theory_job *job, int r, rank_state *me
         add_sum(job, me);
     else
         add_act(me, ACT_UPDATE_OWN);
-    return POE_OK;
+    return job->order.n_virtual > 1 ? write_turns(job, r, me) : POE_OK;
 }
 
 static void run(simulation *s)
 {
-    for (int r = 0; r < s->job->n_ranks; r++)
+    for (int r = 0; r < s->job->order.n_ranks; r++)
         while (advance_rank(s, r))
             ;
     while (s->events.count && !s->out_of_memory) {
@@ -459,22 +489,23 @@ static void summarise(const simulation *s, poe_theory_result *result)
     const poe_theory_job *job = s->job;
     double steps = job->n_steps - job->settled, busy = 0, whole = 0;
     *result = (poe_theory_result){.wall = s->now, .fill = s->fill};
-    for (int r = 0; r < job->n_ranks; r++) {
+    for (int r = 0; r < job->order.n_ranks; r++) {
         const rank_state *me = &s->ranks[r];
         result->step = fmax(result->step, (me->step_end - me->settled_at) / steps);
         result->busy[r] = (me->step_busy - me->settled_busy) / steps;
         busy += result->busy[r];
         whole += me->busy;
     }
-    result->idle = result->step > 0 ? 1 - busy / (job->n_ranks * result->step) : 0;
-    result->whole_idle = s->now > 0 ? 1 - whole / (job->n_ranks * s->now) : 0;
+    int processors = poe_schedule_processors(&job->order);
+    result->idle = result->step > 0 ? 1 - busy / (processors * result->step) : 0;
+    result->whole_idle = s->now > 0 ? 1 - whole / (processors * s->now) : 0;
 }
 
 poe_status poe_theory_solve(const poe_theory_job *job, poe_theory_result *result)
 {
     simulation *s = calloc(1, sizeof(*s));
     poe_status status = s ? POE_OK : POE_FAILED;
-    for (int r = 0; status == POE_OK && r < job->n_ranks; r++)
+    for (int r = 0; status == POE_OK && r < job->order.n_ranks; r++)
         status = write_program(job, r, &s->ranks[r]);
     if (status == POE_OK) {
         s->job = job;
@@ -485,9 +516,11 @@ poe_status poe_theory_solve(const poe_theory_job *job, poe_theory_result *result
     if (status == POE_OK)
         summarise(s, result);
     else
-        poe_error("out of memory while solving the graph of %d ranks and %d micro-batches", job->n_ranks, job->n_micro);
-    for (int r = 0; s && r < job->n_ranks; r++)
+        poe_error("out of memory while solving the graph of %d ranks and %d micro-batches", job->order.n_ranks, job->order.n_micro);
+    for (int r = 0; s && r < job->order.n_ranks; r++) {
         free(s->ranks[r].acts);
+        free(s->ranks[r].turns);
+    }
     if (s)
         free(s->events.items);
     free(s);
@@ -512,16 +545,16 @@ static bool same(double a, double b)
 static bool all_equal(const poe_theory_job *job)
 {
     const poe_theory_rank *first = &job->ranks[0];
-    bool chained = poe_schedule_chained(job->schedule), equal = true;
-    for (int r = 0; r < job->n_ranks; r++) {
+    bool chained = poe_schedule_chained(job->order.schedule), equal = true;
+    for (int r = 0; r < job->order.n_ranks; r++) {
         const poe_theory_rank *rank = &job->ranks[r];
         const poe_theory_link *down = &job->down[r], *up = &job->up[r];
         equal &= same(rank->forward, first->forward) && same(rank->update_own, first->update_own) &&
                  same(rank->update_shared, first->update_shared);
-        equal &= poe_schedule_splits(job->schedule)
+        equal &= poe_schedule_splits(job->order.schedule)
                      ? same(rank->backward_input, first->forward) && same(rank->backward_weight, first->forward)
                      : same(rank->backward, first->backward);
-        bool down_used = r + 1 < job->n_ranks || job->schedule == POE_SCHEDULE_DDP, up_used = r + 1 < job->n_ranks;
+        bool down_used = r + 1 < job->order.n_ranks || job->order.schedule == POE_SCHEDULE_DDP, up_used = r + 1 < job->order.n_ranks;
         equal &= !down_used || (same(down->latency, job->down[0].latency) && !(down->bandwidth > 0));
         equal &= !up_used || (same(up->latency, job->down[0].latency) && !(up->bandwidth > 0));
     }
@@ -541,9 +574,9 @@ static bool credits_suffice(const poe_theory_job *job)
 static double busy_of(const poe_theory_job *job, int r)
 {
     const poe_theory_rank *rank = &job->ranks[r];
-    bool splits = poe_schedule_splits(job->schedule);
+    bool splits = poe_schedule_splits(job->order.schedule);
     double backward = splits ? rank->backward_input + rank->backward_weight : rank->backward;
-    int micro = job->schedule == POE_SCHEDULE_DDP ? (job->n_micro + job->n_ranks - 1) / job->n_ranks : job->n_micro;
+    int micro = job->order.schedule == POE_SCHEDULE_DDP ? (job->order.n_micro + job->order.n_ranks - 1) / job->order.n_ranks : job->order.n_micro;
     double shared = !job->shares ? 0 : job->every ? rank->update_shared / job->every : rank->update_shared;
     return micro * (rank->forward + backward) + rank->update_own + shared;
 }
@@ -552,7 +585,7 @@ static double busy_of(const poe_theory_job *job, int r)
 static double poe_closed_form(const poe_theory_job *job)
 {
     const poe_theory_rank *rank = &job->ranks[0];
-    double busy = busy_of(job, 0), trip = (job->n_ranks - 1) * (rank->forward + 2 * job->down[0].latency);
+    double busy = busy_of(job, 0), trip = (job->order.n_ranks - 1) * (rank->forward + 2 * job->down[0].latency);
     /* From the hand-over of its gradients on, the first rank has its own update to do, and D more steps. */
     bool hidden = job->delay || !job->own_first;
     double meanwhile = job->delay * busy + (hidden ? rank->update_own : 0);
@@ -562,10 +595,11 @@ static double poe_closed_form(const poe_theory_job *job)
 
 bool poe_theory_closed_form(const poe_theory_job *job, double *step)
 {
-    double latency = job->n_ranks > 1 ? job->down[0].latency : 0;
-    double busy = busy_of(job, 0), others = job->n_ranks - 1, f = job->ranks[0].forward;
+    double latency = job->order.n_ranks > 1 ? job->down[0].latency : 0;
+    double busy = busy_of(job, 0), others = job->order.n_ranks - 1, f = job->ranks[0].forward;
+    int processors = poe_schedule_processors(&job->order);
     bool valid = all_equal(job);
-    switch (job->schedule) {
+    switch (job->order.schedule) {
     case POE_SCHEDULE_POE:
         *step = job->shares ? poe_closed_form(job) : busy;
         return valid && credits_suffice(job) && !job->every;
@@ -577,13 +611,16 @@ bool poe_theory_closed_form(const poe_theory_job *job, double *step)
         return valid && !job->shares && !(latency > 0);
     case POE_SCHEDULE_ZB_H1:
         *step = busy + others * f;
-        return valid && !job->shares && !(latency > 0) && job->n_micro >= job->n_ranks;
+        return valid && !job->shares && !(latency > 0) && job->order.n_micro >= job->order.n_ranks;
     case POE_SCHEDULE_ZB_H2:
         *step = busy;
-        return valid && !job->shares && !(latency > 0) && job->n_micro >= 2 * job->n_ranks - 1;
+        return valid && !job->shares && !(latency > 0) && job->order.n_micro >= 2 * job->order.n_ranks - 1;
+    case POE_SCHEDULE_INTERLEAVED:
+        *step = job->order.n_virtual * busy + (processors - 1) * (f + job->ranks[0].backward);
+        return valid && !job->shares && !(latency > 0) && job->order.n_micro % processors == 0;
     default:
         *step = busy + 2 * others * latency;
-        return valid && job->n_micro % job->n_ranks == 0;
+        return valid && job->order.n_micro % job->order.n_ranks == 0;
     }
 }
 
@@ -607,7 +644,7 @@ static double slowest(const poe_theory_link *links, int n, double bytes)
  * per rank; the sum's bytes pass the slowest link once, as chunks go up while others still come down. */
 static double round_of(const poe_theory_job *job)
 {
-    int links = job->n_ranks - 1;
+    int links = job->order.n_ranks - 1;
     double chunk = fmin(chunk_size(job), job->shared_bytes), seconds = 0;
     for (int k = 0; k < links; k++)
         seconds += job->ranks[k].forward + latest(&job->down[k]) + latest(&job->up[k]) +
@@ -620,7 +657,7 @@ static double round_of(const poe_theory_job *job)
 int poe_theory_smallest_delay(const poe_theory_job *job)
 {
     double step = 0;
-    for (int r = 0; r < job->n_ranks; r++)
+    for (int r = 0; r < job->order.n_ranks; r++)
         step = fmax(step, busy_of(job, r));
     double turns = step > 0 ? ceil(round_of(job) / step - 1e-9) : 1;
     return turns < 1 ? 1 : turns > INT16_MAX ? INT16_MAX : (int)turns;
@@ -640,7 +677,7 @@ poe_status poe_theory_smallest_window(const poe_theory_job *asked, int *window)
     poe_theory_job job = *asked;
     double unlimited, step;
     int low = 0, high = 0, try = 1;
-    for (int k = 0; k < job.n_ranks; k++) {
+    for (int k = 0; k < job.order.n_ranks; k++) {
         job.down[k].latency = latest(&job.down[k]);
         job.up[k].latency = latest(&job.up[k]);
     }

@@ -33,8 +33,7 @@ typedef struct poe_theory_link {
 } poe_theory_link;
 
 typedef struct poe_theory_job {
-    poe_schedule schedule;
-    int n_ranks, n_micro;
+    poe_order order; /* ranks that share a processor compute one at a time, in its order, and pass that on in no time */
     int n_steps; /* of the run */
     int settled; /* the steady state is taken from steps settled..n_steps-1; see poe_theory_horizon() */
     poe_theory_rank ranks[POE_THEORY_RANKS];
@@ -53,8 +52,8 @@ typedef struct poe_theory_result {
     double wall;       /* until the last rank has applied its last total */
     double fill;       /* until the last rank has its first input */
     double step;       /* steady state: seconds per step of the rank that takes longest */
-    double idle;       /* steady state: 1 - busy / (P step), over all ranks */
-    double whole_idle; /* the same of the whole run: 1 - busy / (P wall) */
+    double idle;       /* steady state: 1 - busy / (P/V step), over all ranks */
+    double whole_idle; /* the same of the whole run: 1 - busy / (P/V wall) */
     double busy[POE_THEORY_RANKS]; /* steady state: seconds per step that each rank computes; its idle share is
                                     * 1 - busy / step */
 } poe_theory_result;
@@ -73,6 +72,7 @@ poe_status poe_theory_solve(const poe_theory_job *job, poe_theory_result *result
  *   1f1b           M t + (P-1) t + u                at RTT 0
  *   zb-h1          M t + (P-1) f + u                at RTT 0, three equal parts, M >= P
  *   zb-h2          M t + u                          at RTT 0, three equal parts, M >= 2P - 1
+ *   interleaved    V (M t + u) + (P/V-1) t          at RTT 0, M a multiple of P/V
  *   ddp            (M/P) t + (P-1) RTT + u          M a multiple of P */
 bool poe_theory_closed_form(const poe_theory_job *job, double *step);
 

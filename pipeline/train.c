@@ -229,6 +229,19 @@ static poe_status settle_before_pause(trainer *t, int64_t done)
     return pauses ? poe_shared_settle(&t->run->shared) : POE_OK;
 }
 
+static poe_status update(trainer *t, int64_t step)
+{
+    poe_run *r = t->run;
+    poe_status status = poe_turns_take_update(&r->turns, step);
+    poe_account_enter(&r->accounts, POE_ACCOUNT_OPTIMIZER, step, -1);
+    if (status == POE_OK)
+        status = poe_shared_step(&r->shared, step);
+    if (status == POE_OK)
+        status = settle_before_pause(t, step + 1);
+    bool last = t->stop || step + 1 == r->options->num_iterations;
+    return status == POE_OK ? poe_turns_pass_update(&r->turns, step, last) : status;
+}
+
 static poe_status train_step(trainer *t, int64_t step)
 {
     poe_run *r = t->run;
@@ -238,10 +251,7 @@ static poe_status train_step(trainer *t, int64_t step)
     if (status != POE_OK)
         return status;
     t->stop = t->batches.stop;
-    poe_account_enter(&r->accounts, POE_ACCOUNT_OPTIMIZER, step, -1);
-    status = poe_shared_step(&r->shared, step);
-    if (status == POE_OK)
-        status = settle_before_pause(t, step + 1);
+    status = update(t, step);
     if (status != POE_OK)
         return status;
     close_step(t, step);

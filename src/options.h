@@ -48,7 +48,8 @@ typedef struct poe_options {
     int64_t total_batch_size; /* tokens of a step */
     int num_iterations, warmup_steps;
     double warmdown_ratio, final_lr_frac, matrix_lr, embedding_lr, unembedding_lr, scalar_lr, weight_decay;
-    char schedule[POE_OPTION_TEXT]; /* auto | poe | gpipe | 1f1b | zb-h1 | zb-h2 | ddp */
+    char schedule[POE_OPTION_TEXT]; /* auto | poe | gpipe | 1f1b | zb-h1 | zb-h2 | interleaved | ddp */
+    int virtual_stages;             /* that share a processor under interleaved */
     char sync[POE_OPTION_TEXT]; /* exact | stale | stale:D | every:N */
     char wire[POE_OPTION_TEXT]; /* fp32 | bf16 | fp8 | int8: what crosses between stages */
     char wire_shared[POE_OPTION_TEXT]; /* fp32 | bf16: the shared gradients */
@@ -142,6 +143,8 @@ bool poe_options_given(const poe_options *options, const char *flag);
 
 /* Ranks of a run in one process: one per stage, or under --schedule ddp as many as --ranks says. */
 int poe_options_rank_count(const poe_options *options);
+/* Ranks that share a processor and take turns: 1 but under --schedule interleaved. */
+int poe_options_virtual(const poe_options *options);
 /* Whether a run's ranks have agents, if each is one of `processes` processes that a launcher starts. */
 bool poe_options_agents(const poe_options *options, int processes);
 /* Whether `ranks` ranks can share out a step's micro-batches (--schedule ddp). POE_BAD_INPUT: said. */

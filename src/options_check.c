@@ -62,11 +62,38 @@ static bool is_replicated(const poe_options *options)
     return strcmp(options->schedule, "ddp") == 0;
 }
 
+int poe_options_virtual(const poe_options *options)
+{
+    return strcmp(options->schedule, "interleaved") == 0 ? options->virtual_stages : 1;
+}
+
+/* Ranks that take turns would wait for each other's part of a sum, so interleaved is for the objective without one. */
+static poe_status check_interleaved(const poe_options *options)
+{
+    int stages = options->ranks > 1 ? options->ranks : options->stages.count, virtual = poe_options_virtual(options);
+    if (virtual == 1 && poe_options_given(options, "virtual-stages")) {
+        poe_error("--virtual-stages is for --schedule interleaved; found --schedule %s", options->schedule);
+        return POE_BAD_INPUT;
+    }
+    if (virtual > 1 && strcmp(options->objective, "bp") != 0) {
+        poe_error("--schedule interleaved needs --objective bp; found %s", options->objective);
+        return POE_BAD_INPUT;
+    }
+    if (stages % virtual == 0)
+        return POE_OK;
+    poe_error("--schedule interleaved puts --virtual-stages %d on each processor, which must divide the stages of --stages; "
+              "found %d", virtual, stages);
+    return POE_BAD_INPUT;
+}
+
 /* Which schedules an objective has: gradients flow back, or they do not. */
 static poe_status check_schedule(const poe_options *options)
 {
     const char *schedule = options->schedule, *objective = options->objective;
     bool local = strcmp(objective, "poe") == 0, streams = strcmp(schedule, "poe") == 0;
+    poe_status status = local ? POE_OK : check_interleaved(options);
+    if (status != POE_OK)
+        return status;
     if (strcmp(schedule, "auto") == 0 || (local && streams))
         return POE_OK;
     if (local) {
@@ -76,7 +103,7 @@ static poe_status check_schedule(const poe_options *options)
     }
     if (streams) {
         poe_error("--schedule poe is for stages that learn from their own losses; --objective %s allows gpipe, 1f1b, zb-h1, "
-                  "zb-h2%s", objective, strcmp(objective, "bp") == 0 ? ", ddp" : "");
+                  "zb-h2%s", objective, strcmp(objective, "bp") == 0 ? ", interleaved, ddp" : "");
         return POE_BAD_INPUT;
     }
     if (!is_replicated(options))

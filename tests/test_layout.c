@@ -10,7 +10,7 @@ enum { RANKS = 8, MICRO = 16, STEPS = 2, GIVEN = STEPS * MICRO, TASKS = 3 * MICR
 
 static poe_layout make_layout(poe_schedule schedule, int n_ranks, int n_micro)
 {
-    return (poe_layout){.schedule = schedule, .n_ranks = n_ranks, .micro_batches = n_micro};
+    return (poe_layout){.order = {.schedule = schedule, .n_ranks = n_ranks, .n_virtual = 1, .n_micro = n_micro}};
 }
 
 /* When what was done, by rank and micro-batch counted over the steps; negative: not yet. */
@@ -39,7 +39,7 @@ static bool after(const machine *m, double event, double *start)
  * used it. */
 static bool forward(machine *m, int r, int g, double *start)
 {
-    int last = m->layout.n_ranks - 1;
+    int last = m->layout.order.n_ranks - 1;
     bool ready = r == 0 || after(m, m->forward[r - 1][g], start);
     int w = r < last ? window_of(m, r) : 0;
     return ready && (r == last || g < w || after(m, m->backward[r + 1][g - w], start));
@@ -47,7 +47,7 @@ static bool forward(machine *m, int r, int g, double *start)
 
 static bool backward(machine *m, int r, int g, double *start)
 {
-    bool ready = r == m->layout.n_ranks - 1 || after(m, m->backward[r + 1][g], start);
+    bool ready = r == m->layout.order.n_ranks - 1 || after(m, m->backward[r + 1][g], start);
     int w = r > 0 ? window_of(m, r - 1) : 0;
     return ready && (r == 0 || g < w || after(m, m->used[r - 1][g - w], start));
 }
@@ -55,7 +55,7 @@ static bool backward(machine *m, int r, int g, double *start)
 static bool run_task(machine *m, int r, const poe_task *tasks, int count)
 {
     poe_task t = tasks[m->at[r] % count];
-    int g = m->at[r] / count * m->layout.micro_batches + t.micro;
+    int g = m->at[r] / count * m->layout.order.n_micro + t.micro;
     double start = m->clock[r], whole = 2;
     bool is_forward = t.kind == POE_TASK_FORWARD, is_weight = t.kind == POE_TASK_BACKWARD_WEIGHT;
     if (!is_weight && !(is_forward ? forward(m, r, g, &start) : backward(m, r, g, &start)))
@@ -79,18 +79,18 @@ static double time_of(poe_layout layout, double latency, bool endless)
     bool moved = true;
     double longest = 0;
     m = (machine){.layout = layout, .latency = latency, .endless = endless};
-    for (int r = 0; r < layout.n_ranks; r++) {
-        count[r] = poe_schedule_tasks(layout.schedule, layout.n_ranks, r, layout.micro_batches, tasks[r]);
+    for (int r = 0; r < layout.order.n_ranks; r++) {
+        count[r] = poe_schedule_tasks(&layout.order, r, tasks[r]);
         for (int g = 0; g < GIVEN; g++)
             m.forward[r][g] = m.backward[r][g] = m.used[r][g] = -1;
     }
     while (moved) {
         moved = false;
-        for (int r = 0; r < layout.n_ranks; r++)
+        for (int r = 0; r < layout.order.n_ranks; r++)
             while (m.at[r] < STEPS * count[r] && run_task(&m, r, tasks[r], count[r]))
                 moved = true;
     }
-    for (int r = 0; r < layout.n_ranks; r++) {
+    for (int r = 0; r < layout.order.n_ranks; r++) {
         if (m.at[r] < STEPS * count[r])
             return -1;
         longest = m.clock[r] > longest ? m.clock[r] : longest;
@@ -146,9 +146,9 @@ static void check_chosen(const char *objective, const char *schedule, poe_schedu
     strcpy(o.objective, objective);
     strcpy(o.schedule, schedule);
     poe_layout_init(&layout, &o, 3);
-    CHECK_INT(layout.schedule, expected);
-    CHECK_INT(layout.n_ranks, 3);
-    CHECK_INT(layout.micro_batches, 4);
+    CHECK_INT(layout.order.schedule, expected);
+    CHECK_INT(layout.order.n_ranks, 3);
+    CHECK_INT(layout.order.n_micro, 4);
     CHECK_INT(layout.delay, 5);
 }
 

@@ -151,6 +151,26 @@ static void check_wrong(void)
     }
 }
 
+/* Ranks 0 and 2 share a processor, and 1 and 3. */
+static void check_shared_processors(void)
+{
+    poe_net net;
+    CHECK_INT(poe_net_read("*:delay=3ms", 4, &net), POE_OK);
+    CHECK_INT(poe_net_share(&net, 2), POE_OK);
+    for (int from = 0; from < 4; from++)
+        for (int to = 0; to < 4; to++)
+            CHECK_INT(poe_net_is_real(poe_net_link_of(&net, from, to)), from % 2 == to % 2);
+    poe_net_free(&net);
+    CHECK_INT(poe_net_read("0-2:bw=1Gbit;1>2:bw=2Gbit", 4, &net), POE_OK);
+    CHECK_INT(poe_net_share(&net, 1), POE_OK);
+    poe_capture_begin();
+    CHECK_INT(poe_net_share(&net, 2), POE_BAD_INPUT);
+    char *said = poe_capture_end();
+    CHECK(strstr(said, "link 1>2 has a bandwidth"));
+    free(said);
+    poe_net_free(&net);
+}
+
 static void check_description(void)
 {
     poe_net net;
@@ -557,6 +577,7 @@ int main(void)
     check_outages();
     check_file();
     check_wrong();
+    check_shared_processors();
     check_description();
     check_bandwidth();
     check_jitter();

@@ -6,7 +6,8 @@
 
 static void fill_job(poe_theory_job *job, poe_schedule schedule, int n_ranks, int n_micro)
 {
-    *job = (poe_theory_job){.schedule = schedule, .n_ranks = n_ranks, .n_micro = n_micro};
+    *job = (poe_theory_job){
+        .order = {.schedule = schedule, .n_ranks = n_ranks, .n_virtual = 1, .n_micro = n_micro}};
     for (int r = 0; r < n_ranks; r++)
         job->ranks[r] = (poe_theory_rank){.forward = 1, .backward = 2, .backward_input = 1, .backward_weight = 1};
     job->shares = schedule == POE_SCHEDULE_POE || schedule == POE_SCHEDULE_DDP;
@@ -14,19 +15,19 @@ static void fill_job(poe_theory_job *job, poe_schedule schedule, int n_ranks, in
 
 static void set_latency(poe_theory_job *job, double latency)
 {
-    for (int r = 0; r < job->n_ranks; r++)
+    for (int r = 0; r < job->order.n_ranks; r++)
         job->down[r].latency = job->up[r].latency = latency;
 }
 
 static void set_bandwidth(poe_theory_job *job, double bandwidth)
 {
-    for (int r = 0; r < job->n_ranks; r++)
+    for (int r = 0; r < job->order.n_ranks; r++)
         job->down[r].bandwidth = job->up[r].bandwidth = bandwidth;
 }
 
 static void set_updates(poe_theory_job *job, double own, double shared)
 {
-    for (int r = 0; r < job->n_ranks; r++) {
+    for (int r = 0; r < job->order.n_ranks; r++) {
         job->ranks[r].update_own = own;
         job->ranks[r].update_shared = shared;
     }
@@ -55,11 +56,31 @@ static bool check_closed(poe_theory_job *job, const char *what)
         return false;
     poe_theory_result result = solve(job);
     if (!(fabs(result.step - step) <= 1e-9 * step)) {
-        fprintf(stderr, "%s: %s, %d ranks, %d micro-batches, delay %d\n", what, poe_schedule_name(job->schedule),
-                job->n_ranks, job->n_micro, job->delay);
+        fprintf(stderr, "%s: %s, %d ranks, %d micro-batches, delay %d\n", what, poe_schedule_name(job->order.schedule),
+                job->order.n_ranks, job->order.n_micro, job->delay);
         CHECK_NEAR(result.step, step, 1e-9, 0);
     }
     return true;
+}
+
+/* Processors with several ranks each: by the formula where P/V divides M, else never faster than it, nor two at once. */
+static void test_interleaved(void)
+{
+    static poe_theory_job job;
+    for (int n_virtual = 2; n_virtual <= 4; n_virtual++)
+        for (int processors = 1; processors <= 8; processors *= 2)
+            for (int n_micro = 1; n_micro <= 17; n_micro++) {
+                fill_job(&job, POE_SCHEDULE_INTERLEAVED, processors * n_virtual, n_micro);
+                job.order.n_virtual = n_virtual;
+                set_updates(&job, 5, 0);
+                CHECK_INT(check_closed(&job, "interleaved"), n_micro % processors == 0);
+                poe_theory_result result = solve(&job);
+                double busy = n_virtual * (3.0 * n_micro + 5);
+                CHECK_NEAR(result.idle, 1 - busy / result.step, 1e-9, 1e-12);
+                CHECK(result.step >= busy + (processors > 1));
+                set_latency(&job, 1);
+                CHECK(solve(&job).step >= result.step);
+            }
 }
 
 static void test_closed_forms(void)
@@ -332,6 +353,7 @@ static void test_ring_with_long_links(void)
 int main(void)
 {
     test_closed_forms();
+    test_interleaved();
     test_stale();
     test_smallest_delay();
     test_smallest_delay_with_jitter();

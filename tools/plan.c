@@ -5,7 +5,6 @@
 #include <string.h>
 #include <unistd.h>
 
-#include "faults/net.h"
 #include "pipeline/plan.h"
 #include "pipeline/run.h"
 #include "pipeline/settings.h"
@@ -13,6 +12,7 @@
 #include "src/log.h"
 #include "stages/cpu/cpu.h"
 #include "tools/programs.h"
+#include "tools/ranks.h"
 
 enum { SOURCE_BYTES = 512 };
 
@@ -88,7 +88,7 @@ static poe_theory_link theory_of(const poe_net_link *link)
 static poe_status read_network(const poe_options *o, int n_ranks, sources *from)
 {
     poe_net net;
-    poe_status status = poe_net_read(o->net, n_ranks, &net);
+    poe_status status = poe_ranks_net(o, n_ranks, &net);
     for (int k = 0; status == POE_OK && n_ranks > 1 && k < n_ranks; k++) {
         int next = (k + 1) % n_ranks;
         from->down[k] = theory_of(poe_net_link_of(&net, k, next));

@@ -70,12 +70,18 @@ static int exit_status_of(poe_status status)
     return status == POE_INTERRUPTED && interrupted ? interrupted : poe_exit_status(status);
 }
 
+poe_status poe_ranks_net(const poe_options *options, int size, poe_net *net)
+{
+    poe_status status = poe_net_read(options->net, size, net);
+    return status == POE_OK ? poe_net_share(net, poe_options_virtual(options)) : status;
+}
+
 /* Puts --net in front of each of `n` transports of one job. On failure some may have it and some not: they still reach
  * each other. */
 static poe_status wrap(const poe_options *options, int n, poe_transport **transports)
 {
     poe_net net;
-    poe_status status = poe_net_read(options->net, transports[0]->size, &net);
+    poe_status status = poe_ranks_net(options, transports[0]->size, &net);
     for (int k = 0; status == POE_OK && k < n; k++)
         status = poe_net_wrap(&net, &transports[k]);
     poe_net_free(&net);

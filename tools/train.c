@@ -11,7 +11,6 @@
 #include "comm/agent/board.h"
 #include "comm/mpi/mpi.h"
 #include "faults/fault.h"
-#include "faults/net.h"
 #include "pipeline/generate.h"
 #include "pipeline/interchange.h"
 #include "pipeline/report.h"
@@ -398,7 +397,7 @@ static int ranks_of(const poe_options *o)
 static poe_status check_net(const poe_options *o)
 {
     poe_net net;
-    poe_status status = poe_net_read(o->net, ranks_of(o), &net);
+    poe_status status = poe_ranks_net(o, ranks_of(o), &net);
     poe_net_free(&net);
     return status;
 }

@@ -5,7 +5,7 @@ import signal
 
 import poe
 
-ACCOUNTS = ['forward', 'backward', 'optimizer', 'receive', 'credit', 'shared', 'send', 'data', 'checkpoint', 'other']
+ACCOUNTS = ['forward', 'backward', 'optimizer', 'receive', 'credit', 'shared', 'turn', 'send', 'data', 'checkpoint', 'other']
 BUSY = ACCOUNTS[:3]
 
 

@@ -72,7 +72,8 @@ def rules(folder):
     """Late shared parameters, with sums under way, and held ones; rounded messages; all with several deaths."""
     data = poe.write_tokens(f'{folder}/tokens.bin')
     for rule in ({'sync': 'stale:3'}, {'sync': 'every:4'}, {'sync': 'stale:2', 'wire': 'bf16', 'wire_shared': 'bf16'},
-                 {'objective': 'bp', 'head': 'sh', 'schedule': '1f1b'}, {'objective': 'hierarchical', 'schedule': 'zb-h1'}):
+                 {'objective': 'bp', 'head': 'sh', 'schedule': '1f1b'}, {'objective': 'hierarchical', 'schedule': 'zb-h1'},
+                 {'objective': 'bp', 'schedule': 'interleaved', 'virtual_stages': '3'}):
         name = '-'.join(rule.values()).replace(':', '')
         whole = undisturbed(f'{folder}/whole-{name}', data, **rule)
         kill_and_compare(folder, name, whole, data, [(15, [1]), (40, [0, 2]), (90, [0, 1, 2])], **rule)

@@ -52,6 +52,28 @@ def processes(folder):
     check_same(one, train(folder, 'mpiexec', data, poe.MPIEXEC, 2, stages='2,2', schedule='gpipe', **options))
 
 
+def interleaved(folder):
+    """Processors that several ranks share: the same weights, and one rank at a time on each of them."""
+    data = poe.write_tokens(f'{folder}/tokens.bin')
+    for micro in (1, 2, 3, 8):
+        options = {'objective': 'bp', 'total_batch_size': TOKENS * micro, 'num_iterations': 3}
+        one = train(folder, f'one-{micro}', data, stages='6', **options)
+        for stages, virtual in (('3,3', 2), ('2,1,1,2', 2), ('1,1,1,1,1,1', 2), ('1,1,1,1,1,1', 3)):
+            name = f'{stages}-{virtual}-{micro}'
+            check_same(one, train(folder, name, data, stages=stages, schedule='interleaved', virtual_stages=virtual, **options))
+    shared = {'stages': '2,1,1,2', 'schedule': 'interleaved', **options}
+    check_same(one, train(folder, 'ranks', data, poe.RANKS, 4, **shared))
+    check_same(one, train(folder, 'mpiexec', data, poe.MPIEXEC, 4, **shared))
+    emulated = f'{folder}/emulated'
+    poe.succeed(poe.flags(data=data, out=emulated, emulate_compute='forward=4ms,backward=8ms,optimizer=2ms', **shared))
+    for step in poe.steps(emulated)[1:-1]:
+        for processor in (0, 1):
+            ranks = [step['accounts'][r] for r in (processor, processor + 2)]
+            busy = sum(rank[name] for rank in ranks for name in ('forward', 'backward', 'optimizer'))
+            poe.check(busy <= max(rank['wall'] for rank in ranks), f'processor {processor}: {busy} s in {ranks}')
+            poe.check(all(rank['turn'] > 0 for rank in ranks), f'processor {processor}: no turns waited for')
+
+
 def hierarchical(folder):
     """A loss per stage: the same over schedules, ranks as threads or processes, and another model than poe and bp."""
     data = poe.write_tokens(f'{folder}/tokens.bin')
@@ -101,6 +123,7 @@ def resumed(folder):
     """Interrupted in the middle and gone on with, under another schedule too."""
     data = poe.write_tokens(f'{folder}/tokens.bin')
     for name, options in (('bp', {'objective': 'bp', 'stages': '1,1,1', 'schedule': 'zb-h2'}),
+                          ('interleaved', {'objective': 'bp', 'stages': '1,1,1,1', 'schedule': 'interleaved'}),
                           ('hierarchical', {'objective': 'hierarchical', 'stages': '1,1,1', 'schedule': '1f1b'}),
                           ('ddp', {'objective': 'bp', 'stages': '3', 'schedule': 'ddp', 'transport': 'inproc', 'ranks': 2})):
         options.update(total_batch_size=4 * TOKENS, save_every=3)
@@ -117,7 +140,7 @@ def interrupted(folder):
     """A wish to stop takes effect after the same step on every rank."""
     data = poe.write_tokens(f'{folder}/tokens.bin')
     long = {'objective': 'bp', 'total_batch_size': 4 * TOKENS, 'num_iterations': 2000}
-    for schedule, stages, ranks in (('zb-h1', '1,1,1', 3), ('ddp', '3', 2)):
+    for schedule, stages, ranks in (('zb-h1', '1,1,1', 3), ('interleaved', '1,1,1,1', 4), ('ddp', '3', 2)):
         out = f'{folder}/{schedule}'
         with poe.Background(poe.flags(data=data, out=out, schedule=schedule, stages=stages, **long), poe.RANKS, ranks) as run:
             poe.wait_until('some steps', lambda: os.path.exists(f'{out}/metrics.jsonl') and len(poe.steps(out)) > 5)
@@ -180,6 +203,13 @@ def refused(folder):
                            ({'schedule': 'ddp', 'objective': 'hierarchical'}, ('--schedule', 'ddp', 'hierarchical')),
                            ({'schedule': 'ddp', 'objective': 'bp'}, ('--stages', '3 stages')),
                            ({'schedule': 'zb', 'objective': 'bp'}, ('--schedule', 'zb', 'zb-h1')),
+                           ({'schedule': 'interleaved'}, ('--schedule', 'interleaved', 'poe')),
+                           ({'schedule': 'interleaved', 'objective': 'hierarchical'}, ('interleaved', 'bp', 'hierarchical')),
+                           ({'schedule': 'interleaved', 'objective': 'bp'}, ('--virtual-stages 2', '--stages', 'found 3')),
+                           ({'virtual_stages': '3', 'objective': 'bp'}, ('--virtual-stages', 'interleaved', 'auto')),
+                           ({'virtual_stages': '1', 'objective': 'bp'}, ('--virtual-stages', '1')),
+                           ({'schedule': 'interleaved', 'objective': 'bp', 'stages': '1,1,1,1', 'net': '*:bw=1Gbit'},
+                            ('--net', '0>1', 'bandwidth')),
                            ({'sync': 'stale:2', 'objective': 'bp'}, ('--sync', 'stale:2', 'bp', 'exact')),
                            ({'link_window': '-1'}, ('--link-window', '-1')),
                            ({'schedule': 'ddp', 'objective': 'bp', 'stages': '3', 'ranks': 3, 'transport': 'inproc'},
@@ -191,5 +221,5 @@ def refused(folder):
     poe.check(not os.path.exists(f'{folder}/out'), 'a refused run leaves no folder')
 
 
-poe.main(backpropagation, processes, hierarchical, recompute, replicas, resumed, interrupted, not_a_number, predictions,
+poe.main(backpropagation, processes, interleaved, hierarchical, recompute, replicas, resumed, interrupted, not_a_number, predictions,
          refused)
