@@ -10,7 +10,7 @@ with ranks as threads of one process (--launch ranks: as processes under mpiexec
 graph, solved (poe-pipe plan), and the closed form where one holds. Then stages of 16,6,5,5 layers, the ranks of P1's
 table, and real kernels at P = 2 and 4.
 
-Duration: about 40 minutes, nearly all of it asleep, with 4 configurations at a time (--workers); --quick: under two minutes,
+Duration: about an hour, most of it asleep, with 4 configurations at a time (--workers); --quick: under two minutes,
 figures worth little. On a machine that does other things too --realtime lets emulated ranks, which need a few percent of a
 processor, wake up in time (chrt; needs root); real kernels, measured one by one at the end, want it quiet. What was measured before, by the same
 command line, is taken from points.json: so it can be interrupted and started again (--fresh: everything anew). A
@@ -20,7 +20,7 @@ Writes into --out (default runs/bubble): bubble.md (the tables, also on standard
 bubble.png (idle share over M), points.json (what is finished).
 
 What to expect: poe with --sync stale:D idles for less than 1 % after the fill at every M; everything else is within 2
-points of its theory: (P-1)/(3M+P-1) for poe exact, (P-1)/(M+P-1) for gpipe and 1f1b.
+points of its theory: (P-1)/(3M+P-1) for poe exact, (P-1)/(M+P-1) for gpipe and 1f1b, (P-1)/(2M+P-1) for interleaved.
 """
 import argparse
 import concurrent.futures
@@ -34,11 +34,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import emulated  # noqa: E402
 
-SCHEDULES = ["poe exact", "poe stale", "gpipe", "1f1b", "zb-h1", "zb-h2", "ddp"]
-COLOURS = ["#8e44ad", "#1e8449", "#aed6f1", "#ca6f1e", "#7b7d7d", "#1f3a93"]
+SCHEDULES = ["poe exact", "poe stale", "gpipe", "1f1b", "interleaved", "zb-h1", "zb-h2", "ddp"]
+COLOURS = ["#8e44ad", "#1e8449", "#aed6f1", "#ca6f1e", "#c0392b", "#7b7d7d", "#1f3a93"]
 RANKS, MICRO = [2, 4, 8, 16, 32, 64, 96], [1, 2, 4, 8, 16, 32]
 PUBLISHED = {6: (83, 14), 12: (92, 8), 24: (96, 4), 96: (99, 1)}  # P1: P -> backpropagation, PoE
 UNEQUAL = [16, 6, 5, 5]
+PARTS = ["grid", "unequal", "published", "kernels"]
+VIRTUAL = 2      # ranks of a processor under interleaved; each takes as long as a whole stage elsewhere: shares are the same
+MOST_RANKS = 128 # of a run
 TOKENS = 16  # of a micro-batch under emulated compute
 STREAMED = 400  # micro-batches of a streaming run, in 12 to 100 steps
 
@@ -74,7 +77,7 @@ def schedule_flags(schedule, delay):
 
 
 def emulated_flags(args, layers, schedule, micro, delay):
-    stages = [sum(layers)] if schedule == "ddp" else layers
+    stages = {"ddp": [sum(layers)], "interleaved": layers * VIRTUAL}.get(schedule, layers)
     return ["--stages", ",".join(map(str, stages)), "--n-embd", 24, "--n-head", 1, "--sequence-len", TOKENS, "--vocab-size",
             64, "--device-batch-size", 1, "--total-batch-size", TOKENS * micro, "--threads", 1, "--emulate-compute",
             stage_times(args, layers, schedule, micro), "--net", "none", *schedule_flags(schedule, delay)]
@@ -108,14 +111,14 @@ def run(args, words, realtime):
     return [line["accounts"] for line in lines if "dt" in line], lines[-1]
 
 
-def shares(steps, last, streaming):
-    """Idle share over all ranks: of the steps between the first and the last, which waits for its own sums beside those of
+def shares(steps, last, streaming, virtual=1):
+    """Idle share over all processors (ranks, but under interleaved): of the steps between the first and the last, which waits for its own sums beside those of
     the step before, or with streaming of all of them after the fill."""
     inner = steps[1:-1]
     chosen = steps if streaming else inner
     ranks = [rank for step in chosen for rank in step]
     fill = sum(last["fill"]) if streaming else 0
-    time_all = sum(rank["wall"] - rank["checkpoint"] for rank in ranks) - fill
+    time_all = sum(rank["wall"] - rank["checkpoint"] for rank in ranks) / virtual - fill
     busy = sum(rank[name] for rank in ranks for name in ("forward", "backward", "optimizer"))
     return dict(idle=1 - busy / time_all, late=sum(rank["other"] for rank in ranks) / time_all, fill=max(last["fill"]),
                 step=max(sum(step[k]["wall"] for step in inner) for k in range(len(steps[0]))) / len(inner))
@@ -141,7 +144,8 @@ def measure(args, folder, known, layers, schedule, micro):
     row = dict(ranks=p, layers=layers, micro=micro, schedule=schedule, delay=delay, steps=steps, theory=theory, measured=None)
     if theory["step"] * steps + theory["fill"] <= args.limit:
         started = time.monotonic()
-        row["measured"] = shares(*run(args, [*words, "--data", f"{folder}/tokens.bin"], args.realtime), schedule == "poe stale")
+        row["measured"] = shares(*run(args, [*words, "--data", f"{folder}/tokens.bin"], args.realtime), schedule == "poe stale",
+                                 VIRTUAL if schedule == "interleaved" else 1)
         row["seconds"] = time.monotonic() - started
         known.put(key, row)
     print(f"P {p}, M {micro}, {schedule}: {cell(row)}", file=sys.stderr, flush=True)
@@ -149,7 +153,7 @@ def measure(args, folder, known, layers, schedule, micro):
 
 
 def schedules_of(p, micro):
-    return [s for s in SCHEDULES if s != "ddp" or micro % p == 0]
+    return [s for s in SCHEDULES if (s != "ddp" or micro % p == 0) and (s != "interleaved" or VIRTUAL * p <= MOST_RANKS)]
 
 
 def measure_kernels(args, folder, p, micro):
@@ -257,19 +261,21 @@ def draw(result, path):
     counts = sorted({r["ranks"] for r in result["grid"]})
     shown = counts if len(counts) <= 3 else [4, 16, counts[-1]]
     script = [f"set terminal pngcairo size {500 * len(shown)},500 font 'sans,11'", f"set output '{path}'", "set logscale x 2",
-              "set grid", "set yrange [0:100]", "set xlabel 'micro-batches of a step'", "set ylabel 'idle, %'", "set key top right",
+              "set grid", "set yrange [0:100]", "set xlabel 'micro-batches of a step'", "set ylabel 'idle, %'",
               f"set xrange [{0.8 * min(r['micro'] for r in result['grid'])}:{1.25 * max(r['micro'] for r in result['grid'])}]",
               f"set multiplot layout 1,{len(shown)} title 'lines: theory; points: measured with emulated compute'"]
     for p in shown:
         curves, data = [], []
-        for i, schedule in enumerate(SCHEDULES[:6]):
+        for i, schedule in enumerate(SCHEDULES[:-1]):
             own = sorted((r for r in result["grid"] if (r["ranks"], r["schedule"]) == (p, schedule)), key=lambda r: r["micro"])
+            if not own:
+                continue
             data += [f"{r['micro']} {100 * r['theory']['idle']}" for r in own] + ["e"]
             look = f"linecolor rgb '{COLOURS[i]}'"
             curves.append(f"'-' with lines linewidth {1.5 + (i == 2) * 3} {look} title '{schedule}'")
             data += [f"{r['micro']} {100 * r['measured']['idle']}" for r in own if r["measured"]] + ["e"]
             curves.append(f"'-' with points pointtype 7 {look} notitle")
-        script += [f"set title 'P = {p}'", "plot " + ", ".join(curves), *data]
+        script += [f"set title 'P = {p}'", f"set key {'left center' if p > 32 else 'right top'}", "plot " + ", ".join(curves), *data]
     emulated.plot(script)
 
 
@@ -282,8 +288,12 @@ def parse():
     parser.add_argument("--realtime", action="store_true", help="emulated ranks before all else on the machine (root)")
     parser.add_argument("--limit", type=float, default=900, help="seconds that one configuration may take (default 900)")
     parser.add_argument("--fresh", action="store_true", help="measure everything anew")
+    parser.add_argument("--parts", default=",".join(PARTS), help=f"some of {','.join(PARTS)} (default: all)")
     parser.add_argument("--quick", action="store_true", help="few and short: does everything work?")
     args = parser.parse_args()
+    args.parts = args.parts.split(",")
+    if not set(args.parts) <= set(PARTS):
+        parser.error(f"--parts: found {','.join(args.parts)}, allowed are some of {','.join(PARTS)}")
     args.ranks, args.micro = ([2, 4], [1, 4]) if args.quick else (RANKS, MICRO)
     args.published = [6] if args.quick else list(PUBLISHED)
     args.kernel_micro = [2] if args.quick else [1, 4, 16]
@@ -300,6 +310,18 @@ def open_known(args):
     return emulated.Points(path)
 
 
+def emulated_cases(args):
+    """Of the parts that are wanted: part, stages' layers, micro-batches, schedule."""
+    cases = [("grid", [1] * p, m, s) for p in args.ranks for m in args.micro for s in schedules_of(p, m)]
+    cases += [("unequal", UNEQUAL, m, s) for m in args.micro for s in SCHEDULES if s not in ("interleaved", "ddp")]
+    cases += [("published", [1] * p, 2, s) for p in args.published for s in ("1f1b", "poe exact", "poe stale")]
+    return [case for case in cases if case[0] in args.parts]
+
+
+def kernel_cases(args):
+    return [(p, m) for p in ((2,) if args.quick else (2, 4)) for m in args.kernel_micro if "kernels" in args.parts]
+
+
 def main():
     args = parse()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -307,9 +329,7 @@ def main():
     result = dict(machine=emulated.machine(), processors=len(os.sched_getaffinity(0)), grid=[], unequal=[], published=[], kernels=[],
                   load="", command=" ".join(["experiments/bubble/run.py"] + sys.argv[1:]),
                   ranks="threads of one process" if args.launch == "threads" else "processes")
-    cases = [("grid", [1] * p, m, s) for p in args.ranks for m in args.micro for s in schedules_of(p, m)]
-    cases += [("unequal", UNEQUAL, m, s) for m in args.micro for s in SCHEDULES if s != "ddp"]
-    cases += [("published", [1] * p, 2, s) for p in args.published for s in ("1f1b", "poe exact", "poe stale")]
+    cases = emulated_cases(args)
     with tempfile.TemporaryDirectory() as folder:
         emulated.write_tokens(Path(f"{folder}/tokens.bin"), 64)
         emulated.write_tokens(Path(f"{folder}/words.bin"), 512 if args.quick else 8192)
@@ -317,14 +337,14 @@ def main():
             rows = pool.map(lambda case: measure(args, folder, known, case[1], case[3], case[2]), cases)
             for case, row in zip(cases, rows):
                 result[case[0]].append(row)
-        for p in (2,) if args.quick else (2, 4):
-            for m in args.kernel_micro:
-                result["kernels"] += measure_kernels(args, folder, p, m)
+        for p, m in kernel_cases(args):
+            result["kernels"] += measure_kernels(args, folder, p, m)
     result["load"] = f"{load:.1f}, {os.getloadavg()[0]:.1f}"
     text = markdown(result)
     (args.out / "bubble.json").write_text(json.dumps(result, indent=1) + "\n")
     (args.out / "bubble.md").write_text(text + "\n")
-    draw(result, args.out / "bubble.png")
+    if result["grid"]:
+        draw(result, args.out / "bubble.png")
     print(text)
 
 
