@@ -192,9 +192,13 @@ def measure_real(options, p, points):
 # --- results ----------------------------------------------------------------------------------------------------------
 
 def own_rate(points, p):
-    """Beside the rate of the same series and method without latency, at 10 Gbit."""
+    """Beside the rate of the same series and method without latency, at 10 Gbit. With real kernels, whose speed changes from
+    run to run, at equal speed: by the share of the time in which ranks compute."""
     base = points.results.get(name_of(p["series"] if is_real(p) else "round trip", p["method"], 0, 10000))
-    return base["step"] / points[p["name"]]["step"] if base else None
+    if not base:
+        return None
+    result = points[p["name"]]
+    return (1 - result["idle"]) / (1 - base["idle"]) if is_real(p) else base["step"] / result["step"]
 
 
 def fits(points, p):
@@ -215,7 +219,8 @@ def verdict(points, p):
 def cell(points, p):
     result = points[p["name"]]
     rule = f"D {result['delay']}: " if result["delay"] else ""
-    return f"{rule}{1e3 * result['step']:.0f} ({100 * result['error']:+.1f} %)"
+    idle = f", idle {100 * result['idle']:.1f} %" if is_real(p) else ""
+    return f"{rule}{1e3 * result['step']:.0f} ({100 * result['error']:+.1f} %){idle}"
 
 
 def network_name(p):
@@ -261,7 +266,8 @@ def markdown(points, wanted, options, load):
     target = ("stale:D stayed within 2 % of its own zero-latency rate at every point where a message fits" if not failed else
               "stale:D lost more than 2 % where a message fits: " + "; ".join(failed))
     return "\n".join([f"{emulated.machine()}, load {load}; experiments/latency/run.py {' '.join(sys.argv[1:])}".rstrip(), "",
-                      "Milliseconds per step, emulated (and their deviation from `poe-pipe plan`):", "",
+                      "Milliseconds per step, emulated (and their deviation from `poe-pipe plan`; with real kernels also the share of time in "
+                      "which a rank waits):", "",
                       *table(points, wanted), "", *spread(points, wanted), "", target]) + "\n"
 
 
