@@ -21,19 +21,16 @@ larger than that, which is below a break-even M if 1f1b's stages are laid out ar
 they have equal numbers of layers.
 """
 import argparse
-import array
 import json
 import os
-import platform
-import random
 import statistics
-import struct
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import emulated  # noqa: E402
+
 VOCABULARY = 32768
 SIZES = {  # layers, channels, sequence, stages (spec: 24 and 20 layers in 4 stages)
     "286m": dict(layers=12, c=768, t=1024, stages=3),
@@ -93,13 +90,6 @@ def even(layers, n, last):
 
 # --- prediction ------------------------------------------------------------------------------------------------------------
 
-def run_json(command):
-    result = subprocess.run([str(word) for word in command], capture_output=True, text=True)
-    if result.returncode:
-        raise OSError(f"{' '.join(map(str, command))}: {result.stderr.strip()}")
-    return json.loads(result.stdout)
-
-
 def times(layers, stages, heads, unit):
     """--emulate-compute of these stages: forward and backward in ms; head k costs `heads[k]` forwards, all in backward."""
     text, i = [], 0
@@ -110,10 +100,10 @@ def times(layers, stages, heads, unit):
     return ";".join(text)
 
 
-def planned_step(args, stages, emulated, micro, *flags):
-    plan = run_json([args.build / "poe-pipe", "plan", "--json", "--stages", ",".join(map(str, stages)), "--n-embd", 32,
-                     "--sequence-len", 32, "--device-batch-size", 1, "--total-batch-size", 32 * micro, "--emulate-compute",
-                     emulated, *flags])
+def planned_step(args, stages, given, micro, *flags):
+    """Seconds, and the smallest D, by plan for stages of the times `given`."""
+    plan = emulated.plan([args.build / "poe-pipe", "--stages", ",".join(map(str, stages)), "--n-embd", 32, "--sequence-len", 32,
+                          "--device-batch-size", 1, "--total-batch-size", 32 * micro, "--emulate-compute", given, *flags])
     return plan["cases"][0]["step"], plan["smallest_delay"]
 
 
@@ -130,8 +120,8 @@ def predict(args, name, p):
         exact, delay = planned_step(args, split, poe, m)
         streaming, _ = planned_step(args, split, poe, m, "--sync", f"stale:{min(max(delay, 1), 128)}")
         row = dict(m=m)
-        for kind, (stages, emulated) in bp.items():
-            base, _ = planned_step(args, stages, emulated, m, "--objective", "bp", "--schedule", "1f1b")
+        for kind, (stages, given) in bp.items():
+            base, _ = planned_step(args, stages, given, m, "--objective", "bp", "--schedule", "1f1b")
             row.update({f"exact_{kind}": base / exact, f"stale_{kind}": base / streaming})
         rows.append(row)
     return dict(size=name, ranks=p, poe_stages=split, bp_stages=bp["even"][0], rows=rows)
@@ -145,42 +135,42 @@ def break_even(rows, key):
 
 # --- measurement ----------------------------------------------------------------------------------------------------------
 
-def write_tokens(path, count, vocabulary):
-    rng = random.Random(1)
-    with open(path, "wb") as file:
-        file.write(struct.pack("<256i", 20240520, 1, count, *[0] * 253))
-        file.write(array.array("H", (rng.randrange(vocabulary) for _ in range(count))).tobytes())
-
-
 def model_flags(args, stages, micro):
     return ["--stages", ",".join(map(str, stages)), "--n-embd", args.channels, "--n-head", args.channels // 64,
             "--sequence-len", 256, "--device-batch-size", 2, "--total-batch-size", 512 * micro, "--vocab-size",
             args.vocabulary, "--threads", 1]
 
 
-def measured_step(args, folder, stages, micro, *flags):
-    """Median seconds of a run's later steps."""
-    with tempfile.TemporaryDirectory(dir=folder) as aside:
-        command = [args.build / "poe-pipe", "--ranks", len(stages), *model_flags(args, stages, micro), "--data",
-                   f"{folder}/tokens.bin", "--out", f"{aside}/run", "--num-iterations", args.steps, *flags]
-        result = subprocess.run([str(word) for word in command], capture_output=True, text=True)
-        if result.returncode:
-            raise OSError(f"{' '.join(map(str, command))}: {result.stderr.strip()}")
-        with open(f"{aside}/run/metrics.jsonl") as file:
-            steps = [line["dt"] for line in map(json.loads, file) if "dt" in line]
-    return statistics.median(steps[args.steps // 3:])
+METHODS = {"1f1b": ["--objective", "bp", "--backout", "off", "--schedule", "1f1b"], "exact": [], "stale": ["--sync", "stale:2"]}
+
+
+def measured_step(args, folder, stages, micro, flags):
+    """Median seconds of a run's steps after the first two."""
+    lines = emulated.metrics([args.build / "poe-pipe", "--ranks", len(stages), *model_flags(args, stages, micro), "--data",
+                              f"{folder}/tokens.bin", "--num-iterations", args.steps, *flags], timeout=3600)
+    return statistics.median([line["dt"] for line in lines if "dt" in line][2:])
+
+
+def calibrated(args, stages, flags):
+    """What plan finds each rank's times to be, as --emulate-compute has them."""
+    ranks = emulated.plan([args.build / "poe-pipe", *model_flags(args, stages, 1), *flags])["ranks"]
+    return ";".join(f"{k}:forward={1e3 * r['forward']:.6f}ms,backward={1e3 * r['backward']:.6f}ms,"
+                    f"optimizer={1e3 * (r['update_own'] + r['update_shared']):.6f}ms" for k, r in enumerate(ranks))
 
 
 def measure(args, folder, p):
-    stages = [args.layers // p] * p
-    bp = ["--objective", "bp", "--backout", "off", "--schedule", "1f1b"]
-    rows = []
+    """The methods by turns, round after round, so that a machine whose speed changes does so for all of them."""
+    stages, rows = [args.layers // p] * p, []
+    times = {method: calibrated(args, stages, flags) for method, flags in METHODS.items()}
     for m in args.measured_micro:
-        row = dict(ranks=p, m=m)
-        for key, flags in (("exact", []), ("stale", ["--sync", f"stale:{p}"]), ("1f1b", bp)):
-            row[key] = measured_step(args, folder, stages, m, *flags)
-            plan = run_json([args.build / "poe-pipe", "plan", "--json", *model_flags(args, stages, m), *flags])
-            row["planned_" + key] = plan["cases"][0]["step"]
+        rounds = [{method: measured_step(args, folder, stages, m, flags) for method, flags in METHODS.items()}
+                  for _ in range(args.rounds)]
+        row = dict(ranks=p, m=m, rounds=rounds)
+        for method, flags in METHODS.items():
+            row[method] = statistics.median(r[method] for r in rounds)
+            row["planned_" + method], _ = planned_step(args, stages, times[method], m, *flags)
+        for method in ("exact", "stale"):
+            row["ratios_" + method] = sorted(r["1f1b"] / r[method] for r in rounds)
         rows.append(row)
         print(f"measured: {row}", file=sys.stderr, flush=True)
     return rows
@@ -188,10 +178,11 @@ def measure(args, folder, p):
 
 def engine_speed(args, stages, objective):
     """Tokens per second of all stages one after the other in one process: arithmetic alone, no ranks, no bubble."""
-    return run_json([args.build / "experiments" / "bench_step", "--stages", stages, "--objective", objective, "--n-embd",
-                     args.channels, "--n-head", args.channels // 64, "--sequence-len", 256, "--vocab-size", args.vocabulary,
-                     "--batch", 2, "--micro", 2, "--threads", 1, "--reps", args.reps, "--head", "sh",
-                     "--window-pattern", "L"])["tok_s"]
+    text = emulated.call([args.build / "experiments" / "bench_step", "--stages", stages, "--objective", objective, "--n-embd",
+                          args.channels, "--n-head", args.channels // 64, "--sequence-len", 256, "--vocab-size",
+                          args.vocabulary, "--batch", 2, "--micro", 2, "--threads", 1, "--reps", args.reps, "--head", "sh",
+                          "--window-pattern", "L"], timeout=3600)
+    return json.loads(text)["tok_s"]
 
 
 def measure_heads(args):
@@ -252,12 +243,15 @@ def published_table():
 
 
 def measured_table(result):
-    lines = ["| P | M | 1f1b | PoE exact | PoE stale | exact / 1f1b | stale / 1f1b | planned | planned |", "|---" * 9 + "|"]
+    """Step times are medians of the rounds; ratios, of the two runs of one round: the median, lowest and highest."""
+    lines = ["| P | M | 1f1b | PoE exact | PoE stale | exact / 1f1b | planned | stale / 1f1b | planned |", "|---" * 9 + "|"]
     for row in result["measured"]:
-        step = [f"{row[key] * 1e3:.0f} ms ({row['planned_' + key] * 1e3:.0f})" for key in ("1f1b", "exact", "stale")]
-        ratios = [row["1f1b"] / row[key] for key in ("exact", "stale")]
-        ratios += [row["planned_1f1b"] / row["planned_" + key] for key in ("exact", "stale")]
-        lines.append(f"| {row['ranks']} | {row['m']} | " + " | ".join(step) + " | " + " | ".join(f"{x:.2f}" for x in ratios) + " |")
+        cells = [f"{row[method] * 1e3:.0f} ms ({row['planned_' + method] * 1e3:.0f})" for method in METHODS]
+        for method in ("exact", "stale"):
+            ratios = row["ratios_" + method]
+            cells += [f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} .. {ratios[-1]:.2f})",
+                      f"{row['planned_1f1b'] / row['planned_' + method]:.2f}"]
+        lines.append(f"| {row['ranks']} | {row['m']} | " + " | ".join(cells) + " |")
     return lines
 
 
@@ -272,41 +266,40 @@ def markdown(result):
 
 def draw(result, path):
     lines, curves = [], []
+
+    def add(points, look, title):
+        lines.extend([f"{m} {ratio}" for m, ratio in points] + ["e"])
+        curves.append(f"'-' with {look} title '{title}'")
+
     for p in [p for p in result["predicted"] if p["size"] == "1.3b"]:
         for key, title in (("exact_even", "exact"), ("stale_even", "streaming")):
-            lines += [f"{row['m']} {row[key]}" for row in p["rows"]] + ["e"]
-            curves.append(f"'-' with linespoints linewidth 2 title '1.3b, P = {p['ranks']}, {title}, predicted'")
+            add([(row["m"], row[key]) for row in p["rows"]], "linespoints linewidth 2", f"1.3b, P = {p['ranks']}, {title}, predicted")
     for ranks in sorted({row["ranks"] for row in result["measured"]}):
-        for key in ("exact", "stale"):
-            lines += [f"{row['m']} {row['1f1b'] / row[key]}" for row in result["measured"] if row["ranks"] == ranks] + ["e"]
-            curves.append(f"'-' with points pointsize 2 title 'small model, P = {ranks}, {key}, measured'")
-    lines += [f"{m} {x}" for m, x in PUBLISHED.items()] + ["e"]
-    curves.append("'-' with points pointtype 7 pointsize 1.5 title 'P1, P = 4, published'")
-    script = ["set terminal pngcairo size 1200,675 font 'sans,11'", f"set output '{path}'", "set logscale x 2", "set grid",
-              "set xlabel 'micro-batches of a step'", "set ylabel 'tokens per second of PoE over those of 1f1b'",
-              "set key outside right top", "set arrow from graph 0,first 1 to graph 1,first 1 nohead", "plot " + ", ".join(curves)]
-    try:
-        subprocess.run(["gnuplot"], input="\n".join(script + lines) + "\n", text=True, check=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        print(f"no picture: {error}", file=sys.stderr)
-
-
-def machine():
-    with open("/proc/cpuinfo") as file:
-        models = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
-    return f"{models[0] if models else platform.machine()}, {len(os.sched_getaffinity(0))} processors"
+        rows = [row for row in result["measured"] if row["ranks"] == ranks]
+        for method, colour in (("exact", "#c0392b"), ("stale", "#000000")):
+            name, look = f"small model, P = {ranks}, {method}", f"linecolor rgb '{colour}'"
+            add([(row["m"], statistics.median(row["ratios_" + method])) for row in rows], f"points pointtype 9 pointsize 2 {look}",
+                f"{name}, measured")
+            add([(row["m"], row["planned_1f1b"] / row["planned_" + method]) for row in rows], f"lines dashtype 2 {look}",
+                f"{name}, planned")
+    add(PUBLISHED.items(), "points pointtype 7 pointsize 1.5", "P1, P = 4, published")
+    emulated.plot(["set terminal pngcairo size 1200,675 font 'sans,11'", f"set output '{path}'", "set logscale xy 2", "set grid",
+                   "set xlabel 'micro-batches of a step'", "set ylabel 'tokens per second of PoE over those of 1f1b'",
+                   "set key outside right top", "set arrow from graph 0,first 1 to graph 1,first 1 nohead",
+                   "plot " + ", ".join(curves), *lines])
 
 
 def parse():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--build", type=Path, default=ROOT / "build", help="build folder (default: build)")
-    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "throughput", help="where results go")
+    parser.add_argument("--build", type=Path, default=emulated.ROOT / "build", help="build folder (default: build)")
+    parser.add_argument("--out", type=Path, default=emulated.ROOT / "runs" / "throughput", help="where results go")
     parser.add_argument("--quick", action="store_true", help="few and small: does everything work?")
     args = parser.parse_args()
     args.micro, args.ranks = ([1, 8], {"1.3b": [4]}) if args.quick else (MICRO, {"286m": [3, 6, 12], "897m": [4, 10, 20],
                                                                              "1.3b": [4, 12, 24]})
     args.channels, args.vocabulary, args.layers = (64, 512, 4) if args.quick else (256, 8192, 8)
-    args.steps, args.reps, args.measured_micro = (6, 1, [2]) if args.quick else (18, 3, [1, 2, 4, 8, 16])
+    args.steps, args.rounds, args.reps = (5, 1, 1) if args.quick else (8, 3, 3)
+    args.measured_micro = [2] if args.quick else [1, 2, 4, 8, 16]
     for name in ("poe-pipe", "experiments/bench_step"):
         if not (args.build / name).is_file():
             parser.error(f"there is no {args.build / name}: run tools/setup, or give --build")
@@ -317,11 +310,11 @@ def main():
     args = parse()
     args.out.mkdir(parents=True, exist_ok=True)
     load = os.getloadavg()[0]
-    result = dict(machine=machine(), command=" ".join(["experiments/throughput/run.py"] + sys.argv[1:]), measured=[])
+    result = dict(machine=emulated.machine(), command=" ".join(["experiments/throughput/run.py"] + sys.argv[1:]), measured=[])
     result["predicted"] = [predict(args, name, p) for name, counts in args.ranks.items() for p in counts]
     result["heads"] = measure_heads(args)
     with tempfile.TemporaryDirectory() as folder:
-        write_tokens(f"{folder}/tokens.bin", 200000, args.vocabulary)
+        emulated.write_tokens(Path(f"{folder}/tokens.bin"), args.vocabulary)
         for p in [p for p in (2, 4) if p <= len(os.sched_getaffinity(0))]:
             result["measured"] += measure(args, folder, p)
     result["load"] = f"{load:.1f}, {os.getloadavg()[0]:.1f}"
@@ -333,7 +326,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except OSError as error:
-        sys.exit(f"{error}")
+    main()
