@@ -32,7 +32,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import emulated  # noqa: E402
+import common  # noqa: E402
 
 SCHEDULES = ["poe exact", "poe stale", "gpipe", "1f1b", "interleaved", "zb-h1", "zb-h2", "ddp"]
 COLOURS = ["#8e44ad", "#1e8449", "#aed6f1", "#ca6f1e", "#c0392b", "#7b7d7d", "#1f3a93"]
@@ -86,7 +86,7 @@ def emulated_flags(args, layers, schedule, micro, delay):
 # --- theory ---------------------------------------------------------------------------------------------------------------
 
 def plan(args, flags, p):
-    result = emulated.plan([args.build / "poe-pipe", *flags])
+    result = common.plan([args.build / "poe-pipe", *flags])
     asked = result["cases"][0]
     busy = sum(rank["busy"] for rank in result["ranks"])
     return dict(step=asked["step"], idle=asked["idle"], fill=asked["fill"], delay=min(max(result["smallest_delay"], 1), 128),
@@ -107,7 +107,7 @@ def launch_flags(args, p, schedule):
 
 
 def run(args, words, realtime):
-    lines = emulated.metrics([args.build / "poe-pipe", *words], timeout=3600, realtime=realtime)
+    lines = common.metrics([args.build / "poe-pipe", *words], timeout=3600, realtime=realtime)
     return [line["accounts"] for line in lines if "dt" in line], lines[-1]
 
 
@@ -276,13 +276,13 @@ def draw(result, path):
             data += [f"{r['micro']} {100 * r['measured']['idle']}" for r in own if r["measured"]] + ["e"]
             curves.append(f"'-' with points pointtype 7 {look} notitle")
         script += [f"set title 'P = {p}'", f"set key {'left center' if p > 32 else 'right top'}", "plot " + ", ".join(curves), *data]
-    emulated.plot(script)
+    common.plot(script)
 
 
 def parse():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--build", type=Path, default=emulated.ROOT / "build", help="build folder (default: build)")
-    parser.add_argument("--out", type=Path, default=emulated.ROOT / "runs" / "bubble", help="where results go")
+    parser.add_argument("--build", type=Path, default=common.ROOT / "build", help="build folder (default: build)")
+    parser.add_argument("--out", type=Path, default=common.ROOT / "runs" / "bubble", help="where results go")
     parser.add_argument("--launch", choices=["threads", "ranks"], default="threads", help="ranks as threads or processes")
     parser.add_argument("--workers", type=int, default=4, help="emulated configurations that run at once (default 4)")
     parser.add_argument("--realtime", action="store_true", help="emulated ranks before all else on the machine (root)")
@@ -307,7 +307,7 @@ def open_known(args):
     path = args.out / "points.json"
     if args.fresh:
         path.unlink(missing_ok=True)
-    return emulated.Points(path)
+    return common.Points(path)
 
 
 def emulated_cases(args):
@@ -326,13 +326,13 @@ def main():
     args = parse()
     args.out.mkdir(parents=True, exist_ok=True)
     load, known = os.getloadavg()[0], open_known(args)
-    result = dict(machine=emulated.machine(), processors=len(os.sched_getaffinity(0)), grid=[], unequal=[], published=[], kernels=[],
+    result = dict(machine=common.machine(), processors=len(os.sched_getaffinity(0)), grid=[], unequal=[], published=[], kernels=[],
                   load="", command=" ".join(["experiments/bubble/run.py"] + sys.argv[1:]),
                   ranks="threads of one process" if args.launch == "threads" else "processes")
     cases = emulated_cases(args)
     with tempfile.TemporaryDirectory() as folder:
-        emulated.write_tokens(Path(f"{folder}/tokens.bin"), 64)
-        emulated.write_tokens(Path(f"{folder}/words.bin"), 512 if args.quick else 8192)
+        common.write_tokens(Path(f"{folder}/tokens.bin"), 64)
+        common.write_tokens(Path(f"{folder}/words.bin"), 512 if args.quick else 8192)
         with concurrent.futures.ThreadPoolExecutor(args.workers) as pool:
             rows = pool.map(lambda case: measure(args, folder, known, case[1], case[3], case[2]), cases)
             for case, row in zip(cases, rows):

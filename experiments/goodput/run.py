@@ -33,7 +33,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import emulated  # noqa: E402
+import common  # noqa: E402
 
 COMPUTE = ["--emulate-compute", "forward=60ms,backward=120ms,optimizer=20ms", "--threads", 1]
 BP = ["--objective", "bp", "--backout", "off", "--schedule", "1f1b", "--agents", "off"]
@@ -149,7 +149,7 @@ def wait_first_step(job):
     end = time.monotonic() + 180
     while job.steps() < 2:
         if job.ended() or time.monotonic() > end:
-            raise SystemExit(f"{emulated.command(job.words)}: no first step:\n{job.said()}")
+            raise SystemExit(f"{common.command(job.words)}: no first step:\n{job.said()}")
         time.sleep(0.05)
 
 
@@ -159,7 +159,7 @@ def live(job, failures, seconds, begin):
     while time.monotonic() < begin + seconds:
         if job.ended():
             if job.agents() or not failures:
-                raise SystemExit(f"{emulated.command(job.words)}: ended:\n{job.said()}")
+                raise SystemExit(f"{common.command(job.words)}: ended:\n{job.said()}")
             job.start_again()
         if pending and time.monotonic() >= begin + pending[0][0]:
             pid = job.victim(pending[0][1])
@@ -265,7 +265,7 @@ def table(points, wanted):
 
 
 def markdown(points, wanted, cost, options, load):
-    return "\n".join([f"{emulated.machine()}, load {load}; experiments/goodput/run.py {' '.join(sys.argv[1:])}".rstrip(), "",
+    return "\n".join([f"{common.machine()}, load {load}; experiments/goodput/run.py {' '.join(sys.argv[1:])}".rstrip(), "",
                       "Effective training time; compute emulated. Steps kept, beside those of an undisturbed run in the same time that "
                       "takes no precautions (in brackets: beside one that takes the same). Seconds lost per failure are beside the latter.", "",
                       *table(points, wanted), "",
@@ -288,13 +288,13 @@ def draw(options, points, wanted):
               "set grid ytics", "set yrange [0:1.05]", "set ylabel 'share of the undisturbed rate'",
               "set xlabel 'mean time between failures'", "set key outside right", "$data << EOD", *rows, "EOD",
               f"plot {plots}, 0.99 lc rgb '#000000' dt 2 title '0.99'"]
-    emulated.plot(script)
+    common.plot(script)
 
 
 def parse():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--program", type=Path, default=emulated.ROOT / "build" / "poe-pipe")
-    parser.add_argument("--out", type=Path, default=emulated.ROOT / "runs" / "goodput")
+    parser.add_argument("--program", type=Path, default=common.ROOT / "build" / "poe-pipe")
+    parser.add_argument("--out", type=Path, default=common.ROOT / "runs" / "goodput")
     parser.add_argument("--workers", type=int, default=3, help="failure rates that are tried at once")
     parser.add_argument("--quick", dest="form", action="store_const", const="quick", default="full", help="one rate, a minute")
     options = parser.parse_args()
@@ -308,7 +308,7 @@ def main():
     options = parse()
     options.out.mkdir(parents=True, exist_ok=True)
     load = os.getloadavg()[0]
-    points = emulated.Points(options.out / f"{options.form}.json")
+    points = common.Points(options.out / f"{options.form}.json")
     points.measure([dict(name="cost", seconds=COST[options.form])], lambda p: measure_cost(options, p), 1)
     wanted = points_of(options, points["cost"])
     points.measure(wanted, lambda p: measure_mtbf(options, p), options.workers)

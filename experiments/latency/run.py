@@ -31,7 +31,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import emulated  # noqa: E402
+import common  # noqa: E402
 
 RANKS, MICRO = 4, 4
 POSITIONS, ROWS, VOCABULARY = 256, 4, 512
@@ -135,11 +135,11 @@ def real_times(base, method):
 
 def planned(words, method):
     """The case of the plan that is to be run, and its rule."""
-    plan = emulated.plan(words)
+    plan = common.plan(words)
     if method != "poe stale":
         return plan, plan["cases"][0], ["--sync", "exact"]
     window = ["--link-window", plan["link_window"]] if plan["link_window"] else []
-    return plan, emulated.planned_case(plan, "streaming"), ["--sync", f"stale:{plan['smallest_delay']}", *window]
+    return plan, common.planned_case(plan, "streaming"), ["--sync", f"stale:{plan['smallest_delay']}", *window]
 
 
 def counts(options, case, real):
@@ -159,12 +159,12 @@ def measure(options, p, times):
     before, measured = counts(options, case, is_real(p))
     run = [*words, *rule, "--data", options.out / "tokens.bin", "--num-iterations", before + measured + 1,
            *([] if is_real(p) else times)]
-    steps = emulated.run(run, realtime=options.realtime and not is_real(p))[before:-1]
-    result = emulated.steady(steps)
+    steps = common.run(run, realtime=options.realtime and not is_real(p))[before:-1]
+    result = common.steady(steps)
     if is_real(p):
         result["step"] = max(statistics.median(s["accounts"][r]["wall"] for s in steps) for r in range(p["ranks"]))
     result.update(planned=case["step"], error=result["step"] / case["step"] - 1, delay=case["delay"],
-                  forward_bytes=plan["forward_bytes"], command=emulated.command(run), steps=measured,
+                  forward_bytes=plan["forward_bytes"], command=common.command(run), steps=measured,
                   emulated="network" if is_real(p) else "compute, network",
                   tokens_per_second=plan["tokens"] / result["step"])
     result["summary"] = (f"{1e3 * result['step']:.1f} ms a step, planned {1e3 * case['step']:.1f} ({100 * result['error']:+.2f} %), "
@@ -265,7 +265,7 @@ def markdown(points, wanted, options, load):
     failed = broken(points, wanted)
     target = ("stale:D stayed within 2 % of its own zero-latency rate at every point where a message fits" if not failed else
               "stale:D lost more than 2 % where a message fits: " + "; ".join(failed))
-    return "\n".join([f"{emulated.machine()}, load {load}; experiments/latency/run.py {' '.join(sys.argv[1:])}".rstrip(), "",
+    return "\n".join([f"{common.machine()}, load {load}; experiments/latency/run.py {' '.join(sys.argv[1:])}".rstrip(), "",
                       "Milliseconds per step, emulated (and their deviation from `poe-pipe plan`; with real kernels also the share of time in "
                       "which a rank waits):", "",
                       *table(points, wanted), "", *spread(points, wanted), "", target]) + "\n"
@@ -325,16 +325,16 @@ set xlabel "round trip at 10 Gbit"
     if at_one:
         script += "unset key\nset xlabel 'bandwidth at a round trip of 1 ms'\n"
         script += axis(mbits, "") + panel(points, wanted, BANDWIDTHS, lambda p: p["mbit"], lambda p: p in at_one, False)
-    emulated.plot([script + "unset multiplot"])
+    common.plot([script + "unset multiplot"])
 
 
 # --- the whole --------------------------------------------------------------------------------------------------------
 
 def parse():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--program", type=Path, default=emulated.ROOT / "build" / "poe-pipe")
+    parser.add_argument("--program", type=Path, default=common.ROOT / "build" / "poe-pipe")
     parser.add_argument("--transport", default="inproc", help="between the ranks, below the emulated network")
-    parser.add_argument("--out", type=Path, default=emulated.ROOT / "runs" / "latency")
+    parser.add_argument("--out", type=Path, default=common.ROOT / "runs" / "latency")
     parser.add_argument("--workers", type=int, default=4, help="emulated points that run at once")
     parser.add_argument("--realtime", action="store_true", help="emulated points before all else on the machine (root)")
     parser.add_argument("--quick", dest="form", action="store_const", const="quick", default="latency", help="few points, short")
@@ -349,9 +349,9 @@ def parse():
 def main():
     options = parse()
     options.out.mkdir(parents=True, exist_ok=True)
-    emulated.write_tokens(options.out / "tokens.bin", VOCABULARY)
+    common.write_tokens(options.out / "tokens.bin", VOCABULARY)
     load = os.getloadavg()[0]
-    points = emulated.Points(options.out / f"{options.form}.json")
+    points = common.Points(options.out / f"{options.form}.json")
     wanted, real = emulated_points(options.form), real_points(options.form)
     points.measure(wanted, lambda p: measure_emulated(options, p), options.workers)
     points.measure(real, lambda p: measure_real(options, p, points), 1)

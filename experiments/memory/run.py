@@ -18,19 +18,16 @@ What to expect: backpropagation grows with the depth, in one process and on rank
 stages; PoE with the depth of a stage. Over all ranks together PoE has no less than backpropagation in one process.
 """
 import argparse
-import array
 import json
 import math
-import os
-import platform
-import random
-import struct
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import common  # noqa: E402
+
 HERE = Path(__file__).resolve().parent
 MIB, GIB = 2 ** 20, 2 ** 30
 CHANNELS, T, ROWS, VOCABULARY = 128, 256, 8, 512
@@ -80,13 +77,6 @@ def model_flags(way):
     micro = 1 if way in ALONE else MICRO  # alone, each goes before the next comes
     return ["--n-embd", CHANNELS, "--n-head", 2, "--sequence-len", T, "--device-batch-size", ROWS, "--total-batch-size",
             ROWS * T * micro, "--vocab-size", VOCABULARY, "--threads", 1, *WAYS[way]]
-
-
-def write_tokens(path, count):
-    rng = random.Random(1)
-    with open(path, "wb") as file:
-        file.write(struct.pack("<256i", 20240520, 1, count, *[0] * 253))
-        file.write(array.array("H", (rng.randrange(VOCABULARY) for _ in range(count))).tobytes())
 
 
 def measured(args, folder, stages, flags):
@@ -291,24 +281,18 @@ def draw(result, out):
               "set ylabel 'MiB kept by micro-batches (circles: resident maximum)'",
               *panel(out, "depth", depth, ("against depth", "layers")),
               *panel(out, "stages", stages, (f"{deepest} layers cut into stages", "ranks (stages)"))]
-    subprocess.run(["gnuplot"], input="\n".join(script) + "\n", text=True, check=True)
+    common.plot(script)
 
 
 # --- the whole -------------------------------------------------------------------------------------------------------
 
-def machine():
-    with open("/proc/cpuinfo") as file:
-        models = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
-    return f"{models[0] if models else platform.machine()}, {len(os.sched_getaffinity(0))} processors"
-
-
 def parse():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--program", type=Path, default=ROOT / "build" / "poe-pipe")
+    parser.add_argument("--program", type=Path, default=common.ROOT / "build" / "poe-pipe")
     parser.add_argument("--torch", metavar="PYTHON", help="a Python that has PyTorch")
-    parser.add_argument("--reference", type=Path, default=ROOT.parent / "shared" / "reference",
+    parser.add_argument("--reference", type=Path, default=common.ROOT.parent / "shared" / "reference",
                         help="where poe_ref.py is")
-    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "memory")
+    parser.add_argument("--out", type=Path, default=common.ROOT / "runs" / "memory")
     parser.add_argument("--quick", action="store_true", help="few and small: does everything work?")
     args = parser.parse_args()
     args.out = args.out.resolve()
@@ -324,9 +308,9 @@ def main():
     args = parse()
     args.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        write_tokens(f"{folder}/tokens.bin", 200000)
+        common.write_tokens(Path(f"{folder}/tokens.bin"), VOCABULARY, 200000)
         rows = sweep(args, folder, args.depths, args.stage_counts)
-    result = dict(machine=machine(), command=" ".join(["experiments/memory/run.py", *sys.argv[1:]]), depths=args.depths,
+    result = dict(machine=common.machine(), command=" ".join(["experiments/memory/run.py", *sys.argv[1:]]), depths=args.depths,
                   stage_counts=args.stage_counts, stages=args.stages, deepest=args.deepest, sweep=list(rows.values()),
                   published=published(args), autograd_layers=args.autograd_layers,
                   autograd=autograd(args, args.autograd_layers))

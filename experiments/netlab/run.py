@@ -21,19 +21,17 @@ What to expect: the emulated step within about 10 % of the tuned real one, but f
 and jitter; TCP as it comes slower than both, the more so the longer the round trip.
 """
 import argparse
-import array
 import json
 import os
-import random
-import re
 import shutil
 import statistics
-import struct
 import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import common  # noqa: E402
+
 RANKS = 4
 HOSTS = [f"fh{i}" for i in range(RANKS)]
 GOODPUT = 1448 / 1538  # payload in a full frame: netlab's rate counts frames, --net's messages
@@ -51,12 +49,6 @@ TUNING = {"tcp_slow_start_after_idle": "0", "tcp_congestion_control": "reno"}
 EAGER = {"btl_tcp_eager_limit": "1048576", "btl_tcp_rndv_eager_limit": "1048576"}  # MPI sends without asking first
 
 
-def write_tokens(path, vocab=256, count=60000):
-    rng = random.Random(1)
-    tokens = array.array("H", (rng.randrange(vocab) if rng.random() < 0.3 else i * 7 % vocab for i in range(count)))
-    path.write_bytes(struct.pack("<256i", 20240520, 1, count, *[0] * 253) + tokens.tobytes())
-
-
 def flags(options, sync, out):
     return ["--stages", "1,1,1,1", "--n-embd", "64", "--n-head", "2", "--sequence-len", "64", "--vocab-size", "256",
             "--device-batch-size", "4", "--total-batch-size", "1024", "--warmup-steps", "2", "--threads", "1",
@@ -65,7 +57,7 @@ def flags(options, sync, out):
 
 def environment(options):
     env = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "NETLAB_DIR": str(options.out / "lab")}
-    for line in (ROOT / "mpi.env").read_text().splitlines():
+    for line in (common.ROOT / "mpi.env").read_text().splitlines():
         if line.startswith("export ") and "=" in line:
             name, value = line[len("export "):].strip().split("=", 1)
             env[name] = value
@@ -184,7 +176,7 @@ set rmargin 14
 set bmargin 12
 plot {shown}
 """
-    subprocess.run(["gnuplot"], input=script, text=True, check=True)
+    common.plot([script])
 
 
 def check_lab(options):
@@ -197,17 +189,17 @@ def check_lab(options):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--netlab", type=Path, default=ROOT.parent / "shared" / "netlab" / "netlab")
-    parser.add_argument("--program", type=Path, default=ROOT / "build" / "poe-pipe")
+    parser.add_argument("--netlab", type=Path, default=common.ROOT.parent / "shared" / "netlab" / "netlab")
+    parser.add_argument("--program", type=Path, default=common.ROOT / "build" / "poe-pipe")
     parser.add_argument("--transport", default="mpi")
-    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "netlab")
+    parser.add_argument("--out", type=Path, default=common.ROOT / "runs" / "netlab")
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
     options.out = options.out.resolve()
     check_lab(options)
     shutil.rmtree(options.out, ignore_errors=True)
     options.out.mkdir(parents=True)
-    write_tokens(options.out / "tokens.bin")
+    common.write_tokens(options.out / "tokens.bin", 256)
     results = []
     for sync in ["exact"] if options.quick else STEPS:
         for network in QUICK if options.quick else NETWORKS:

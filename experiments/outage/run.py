@@ -27,7 +27,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import emulated  # noqa: E402
+import common  # noqa: E402
 
 STEPS, STAGE, SHARE = 130, 2, 0.3
 QUICK = ["--stages", "1,1,1,1", "--n-embd", 32, "--n-head", 2, "--sequence-len", 32, "--vocab-size", 300, "--device-batch-size", 2,
@@ -42,10 +42,10 @@ def train(args, steps, outage):
              "--num-iterations", steps, "--eval-every", args.every]
     if outage:
         words += ["--outage", "continue", "--fault", f"absent rank={STAGE} step={args.first} steps={args.missed}"]
-    lines = emulated.metrics(words, timeout=3600)
+    lines = common.metrics(words, timeout=3600)
     seconds = [line["dt"] for line in lines if "dt" in line]
     courses = [[line["step"], sum(seconds[:line["step"]]), line["bpb"]["prefix"]] for line in lines if "bpb" in line]
-    return dict(command=emulated.command(words[1:]), seconds=seconds, evaluations=courses)
+    return dict(command=common.command(words[1:]), seconds=seconds, evaluations=courses)
 
 
 def waiting(args, whole, pause):
@@ -112,13 +112,13 @@ def draw(args, runs, path):
         curves = ", ".join(f"$run{i} using 1:{k + 2} with linespoints lw 2 pt 7 ps 0.5 lc rgb '{colours[name]}' title '{name}'"
                            for i, name in enumerate(runs))
         script += [f"set title '{'stage 0' if k == 0 else f'stages 0 to {k}'}'", f"plot {curves}"]
-    emulated.plot(script)
+    common.plot(script)
 
 
 def parse():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--program", type=Path, default=emulated.ROOT / "build" / "poe-pipe")
-    parser.add_argument("--out", type=Path, default=emulated.ROOT / "runs" / "outage")
+    parser.add_argument("--program", type=Path, default=common.ROOT / "build" / "poe-pipe")
+    parser.add_argument("--out", type=Path, default=common.ROOT / "runs" / "outage")
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--eval-tokens", type=int, default=16384, help="held-out tokens of each evaluation")
     parser.add_argument("--quick", action="store_true", help="one tiny model: does it work?")
@@ -137,7 +137,7 @@ def main():
     load = os.getloadavg()[0]
     runs = measure(args)
     median = statistics.median(runs["wait"]["seconds"])
-    text = "\n".join([f"{emulated.machine()}, load {load:.1f} at the start; experiments/outage/run.py {' '.join(sys.argv[1:])}; 4 ranks "
+    text = "\n".join([f"{common.machine()}, load {load:.1f} at the start; experiments/outage/run.py {' '.join(sys.argv[1:])}; 4 ranks "
                       f"time-shared; stage {STAGE} absent in steps {args.first} to {args.first + args.missed - 1}; "
                       f"{median:.2f} s a step undisturbed; seed {args.seed}", "", table(args, runs)])
     (args.out / "outage.json").write_text(json.dumps(runs, indent=1) + "\n")

@@ -35,7 +35,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import emulated  # noqa: E402
+import common  # noqa: E402
 
 SIZES = {
     "default, 8.7 M": [],
@@ -219,13 +219,13 @@ def draw(sizes, path):
               "plot $data using 2:xtic(1) title 'until back at its snapshot' lc rgb '#1e8449', '' using 3 title 'repeating' lc rgb '#a9dfbf'",
               "set title '1f1b: the job is started again'",
               "plot $data using 4:xtic(1) title 'until started again' lc rgb '#ca6f1e', '' using 5 title 'repeating, all ranks' lc rgb '#f5cba7'"]
-    emulated.plot(script)
+    common.plot(script)
 
 
 def parse():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--program", type=Path, default=emulated.ROOT / "build" / "poe-pipe")
-    parser.add_argument("--out", type=Path, default=emulated.ROOT / "runs" / "recovery")
+    parser.add_argument("--program", type=Path, default=common.ROOT / "build" / "poe-pipe")
+    parser.add_argument("--out", type=Path, default=common.ROOT / "runs" / "recovery")
     parser.add_argument("--quick", action="store_true", help="one tiny model, few kills: does it work?")
     args = parser.parse_args()
     args.kills, args.restarts, args.pause = (4, 1, 0.5) if args.quick else (12, 3, 4)
@@ -249,7 +249,7 @@ def main():
         sizes[name] = dict(poe=poe, step=step, agent=lost, **{"1f1b": again})
         results.write_text(json.dumps(sizes, indent=1) + "\n")
         print(f"{name}: done", file=sys.stderr, flush=True)
-    text = "\n".join([f"{emulated.machine()}, load {load:.1f} at the start; experiments/recovery/run.py {' '.join(sys.argv[1:])}; 4 ranks "
+    text = "\n".join([f"{common.machine()}, load {load:.1f} at the start; experiments/recovery/run.py {' '.join(sys.argv[1:])}; 4 ranks "
                       f"time-shared; snapshots and checkpoints every {EVERY} steps; medians of {args.kills} and {args.restarts} kills",
                       "", table(sizes)])
     (args.out / "recovery.md").write_text(text + "\n")

@@ -29,7 +29,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import common  # noqa: E402
+
 GROUPS = ["products", "attention", "head", "optimiser", "elements"]
 STACK = GROUPS + ["waiting", "rest"]
 TITLES = dict(elements="element passes", waiting="waiting", rest="outside of operations")
@@ -335,10 +337,7 @@ def draw(rows, path):
               "set style fill solid 1.0 noborder", "set key outside right top", "set grid ytics", "set xtics scale 0",
               "set border 3", "set tics nomirror", f"set multiplot layout {len(counts)},1"]
     script += [panel(rows, threads) for threads in counts] + ["unset multiplot"]
-    try:
-        subprocess.run(["gnuplot"], input="\n".join(script) + "\n", text=True, check=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        print(f"no picture: {error}", file=sys.stderr)
+    common.plot(script)
 
 
 # --- main ------------------------------------------------------------------------------------------------------------
@@ -370,10 +369,10 @@ def save(result, out):
 def parse():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--build", type=Path, default=ROOT / "build", help="build folder (default: build)")
-    add("--out", type=Path, default=ROOT / "runs" / "speed", help="where results go (default: runs/speed)")
+    add("--build", type=Path, default=common.ROOT / "build", help="build folder (default: build)")
+    add("--out", type=Path, default=common.ROOT / "runs" / "speed", help="where results go (default: runs/speed)")
     add("--python", default=sys.executable, help="a Python with torch (default: the one that runs this)")
-    add("--torch-speed", type=Path, default=ROOT.parent / "shared" / "reference" / "torch_speed.py",
+    add("--torch-speed", type=Path, default=common.ROOT.parent / "shared" / "reference" / "torch_speed.py",
         help="PyTorch's trainer (default: ../shared/reference/torch_speed.py beside the repository)")
     add("--rounds", type=int, default=3, help="runs of each trainer (default 3)")
     add("--reps", type=int, default=3, help="steps per run, after one that warms up (default 3)")

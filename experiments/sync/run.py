@@ -23,7 +23,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import emulated  # noqa: E402
+import common  # noqa: E402
 
 BASE = "exact, fp32"
 RULES = {BASE: [], **{rule: ["--sync", rule] for rule in
@@ -44,7 +44,7 @@ def point(case, seed, base, flags):
 
 
 def train(program, flags):
-    lines = emulated.metrics([program, *flags], timeout=24 * 3600)
+    lines = common.metrics([program, *flags], timeout=24 * 3600)
     bpb = [line["bpb"] for line in lines if "bpb" in line][-1]
     end = [line for line in lines if "step_bytes" in line][-1]
     tokens = [line["tokens"] for line in lines if "loss" in line][-1]
@@ -74,7 +74,7 @@ def row(case, results, base):
 
 def table(results, seeds):
     base = results[BASE]
-    lines = [f"{base[0]['tokens']} tokens, seeds {', '.join(map(str, seeds))}; {emulated.machine()}", "",
+    lines = [f"{base[0]['tokens']} tokens, seeds {', '.join(map(str, seeds))}; {common.machine()}", "",
              "| case | BPB, mean | lowest .. highest | against exact, fp32, same seed | MiB a step, all | of fp32 |",
              "|---|---|---|---|---|---|"]
     return "\n".join(lines + [row(case, r, base) for case, r in results.items()]) + "\n"
@@ -95,7 +95,7 @@ def plot(results, path):
               f'set arrow from {rules}, graph 0 to {rules}, graph 1 nohead lc rgb "#d9d9d9"',
               '$data << EOD', *data, 'EOD',
               'plot $data using 1:2:3:4 with yerrorbars pt 7 lw 2 lc rgb "#3b6fb6"']
-    emulated.plot(script)
+    common.plot(script)
 
 
 def main():
@@ -103,10 +103,10 @@ def main():
     parser.add_argument("--quick", action="store_true", help="a tiny model: does the script work?")
     parser.add_argument("--workers", type=int, default=1, help="runs at once, each with its share of the processors")
     parser.add_argument("--seeds", default="0,1,2", help="of the initial weights, one after the other (default 0,1,2)")
-    parser.add_argument("--build", default=emulated.ROOT / "build", type=Path, help="where poe-pipe was built")
+    parser.add_argument("--build", default=common.ROOT / "build", type=Path, help="where poe-pipe was built")
     parser.add_argument("--out", type=Path, help="folder of runs, table and picture")
     args = parser.parse_args()
-    out = args.out or emulated.ROOT / "runs" / ("sync-quick" if args.quick else "sync")
+    out = args.out or common.ROOT / "runs" / ("sync-quick" if args.quick else "sync")
     out.mkdir(parents=True, exist_ok=True)
     if args.quick:
         (out / "points.json").unlink(missing_ok=True)
@@ -114,7 +114,7 @@ def main():
     seeds = [0, 1] if args.quick else [int(seed) for seed in args.seeds.split(",")]
     base = TINY if args.quick else ["--threads", str(max(1, len(os.sched_getaffinity(0)) // args.workers))]
     wanted = [point(case, seed, base, flags) for seed in seeds for case, flags in cases.items()]
-    points = emulated.Points(out / "points.json")
+    points = common.Points(out / "points.json")
     points.measure(wanted, lambda p: train(args.build / "poe-pipe", p["flags"]), args.workers)
     results = by_case(points, wanted)
     text = table(results, seeds)

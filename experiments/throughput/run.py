@@ -29,7 +29,7 @@ import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import emulated  # noqa: E402
+import common  # noqa: E402
 
 VOCABULARY = 32768
 SIZES = {  # layers, channels, sequence, stages (spec: 24 and 20 layers in 4 stages)
@@ -102,7 +102,7 @@ def times(layers, stages, heads, unit):
 
 def planned_step(args, stages, given, micro, *flags):
     """Seconds, and the smallest D, by plan for stages of the times `given`."""
-    plan = emulated.plan([args.build / "poe-pipe", "--stages", ",".join(map(str, stages)), "--n-embd", 32, "--sequence-len", 32,
+    plan = common.plan([args.build / "poe-pipe", "--stages", ",".join(map(str, stages)), "--n-embd", 32, "--sequence-len", 32,
                           "--device-batch-size", 1, "--total-batch-size", 32 * micro, "--emulate-compute", given, *flags])
     return plan["cases"][0]["step"], plan["smallest_delay"]
 
@@ -146,14 +146,14 @@ METHODS = {"1f1b": ["--objective", "bp", "--backout", "off", "--schedule", "1f1b
 
 def measured_step(args, folder, stages, micro, flags):
     """Median seconds of a run's steps after the first two."""
-    lines = emulated.metrics([args.build / "poe-pipe", "--ranks", len(stages), *model_flags(args, stages, micro), "--data",
+    lines = common.metrics([args.build / "poe-pipe", "--ranks", len(stages), *model_flags(args, stages, micro), "--data",
                               f"{folder}/tokens.bin", "--num-iterations", args.steps, *flags], timeout=3600)
     return statistics.median([line["dt"] for line in lines if "dt" in line][2:])
 
 
 def calibrated(args, stages, flags):
     """What plan finds each rank's times to be, as --emulate-compute has them."""
-    ranks = emulated.plan([args.build / "poe-pipe", *model_flags(args, stages, 1), *flags])["ranks"]
+    ranks = common.plan([args.build / "poe-pipe", *model_flags(args, stages, 1), *flags])["ranks"]
     return ";".join(f"{k}:forward={1e3 * r['forward']:.6f}ms,backward={1e3 * r['backward']:.6f}ms,"
                     f"optimizer={1e3 * (r['update_own'] + r['update_shared']):.6f}ms" for k, r in enumerate(ranks))
 
@@ -178,7 +178,7 @@ def measure(args, folder, p):
 
 def engine_speed(args, stages, objective):
     """Tokens per second of all stages one after the other in one process: arithmetic alone, no ranks, no bubble."""
-    text = emulated.call([args.build / "experiments" / "bench_step", "--stages", stages, "--objective", objective, "--n-embd",
+    text = common.call([args.build / "experiments" / "bench_step", "--stages", stages, "--objective", objective, "--n-embd",
                           args.channels, "--n-head", args.channels // 64, "--sequence-len", 256, "--vocab-size",
                           args.vocabulary, "--batch", 2, "--micro", 2, "--threads", 1, "--reps", args.reps, "--head", "sh",
                           "--window-pattern", "L"], timeout=3600)
@@ -283,7 +283,7 @@ def draw(result, path):
             add([(row["m"], row["planned_1f1b"] / row["planned_" + method]) for row in rows], f"lines dashtype 2 {look}",
                 f"{name}, planned")
     add(PUBLISHED.items(), "points pointtype 7 pointsize 1.5", "P1, P = 4, published")
-    emulated.plot(["set terminal pngcairo size 1200,675 font 'sans,11'", f"set output '{path}'", "set logscale xy 2", "set grid",
+    common.plot(["set terminal pngcairo size 1200,675 font 'sans,11'", f"set output '{path}'", "set logscale xy 2", "set grid",
                    "set xlabel 'micro-batches of a step'", "set ylabel 'tokens per second of PoE over those of 1f1b'",
                    "set key outside right top", "set arrow from graph 0,first 1 to graph 1,first 1 nohead",
                    "plot " + ", ".join(curves), *lines])
@@ -291,8 +291,8 @@ def draw(result, path):
 
 def parse():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--build", type=Path, default=emulated.ROOT / "build", help="build folder (default: build)")
-    parser.add_argument("--out", type=Path, default=emulated.ROOT / "runs" / "throughput", help="where results go")
+    parser.add_argument("--build", type=Path, default=common.ROOT / "build", help="build folder (default: build)")
+    parser.add_argument("--out", type=Path, default=common.ROOT / "runs" / "throughput", help="where results go")
     parser.add_argument("--quick", action="store_true", help="few and small: does everything work?")
     args = parser.parse_args()
     args.micro, args.ranks = ([1, 8], {"1.3b": [4]}) if args.quick else (MICRO, {"286m": [3, 6, 12], "897m": [4, 10, 20],
@@ -310,11 +310,11 @@ def main():
     args = parse()
     args.out.mkdir(parents=True, exist_ok=True)
     load = os.getloadavg()[0]
-    result = dict(machine=emulated.machine(), command=" ".join(["experiments/throughput/run.py"] + sys.argv[1:]), measured=[])
+    result = dict(machine=common.machine(), command=" ".join(["experiments/throughput/run.py"] + sys.argv[1:]), measured=[])
     result["predicted"] = [predict(args, name, p) for name, counts in args.ranks.items() for p in counts]
     result["heads"] = measure_heads(args)
     with tempfile.TemporaryDirectory() as folder:
-        emulated.write_tokens(Path(f"{folder}/tokens.bin"), args.vocabulary)
+        common.write_tokens(Path(f"{folder}/tokens.bin"), args.vocabulary)
         for p in [p for p in (2, 4) if p <= len(os.sched_getaffinity(0))]:
             result["measured"] += measure(args, folder, p)
     result["load"] = f"{load:.1f}, {os.getloadavg()[0]:.1f}"

@@ -21,13 +21,14 @@ What to expect: fabric below mpi in processor time at every length and above it 
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import common  # noqa: E402
+
 TRANSPORTS = ("inproc", "mpi", "fabric")
 COLOURS = dict(inproc="#7f7f7f", mpi="#e08214", fabric="#3b6fb6")
 # figure -> heading, unit, how to print it, logarithmic axis
@@ -40,7 +41,7 @@ FIGURES = dict(latency_us=("latency", "us", "{:.1f}", True), gbs=("bandwidth", "
 
 def environment():
     env = dict(os.environ)
-    for line in (ROOT / "mpi.env").read_text().splitlines():
+    for line in (common.ROOT / "mpi.env").read_text().splitlines():
         if line.startswith("export ") and "=" in line:
             name, value = line[len("export "):].split("=", 1)
             env[name] = value
@@ -87,11 +88,6 @@ def table(header, rows):
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
-def machine():
-    names = [line.split(":", 1)[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
-    return f"{platform.node()}: {names[0] if names else platform.machine()}, {len(os.sched_getaffinity(0))} processors"
-
-
 def markdown(result):
     medians = {t: median_rows(result["rounds"][t]) for t in TRANSPORTS}
     header = ["message"] + [f"{t} {FIGURES[f][1]}" for f in FIGURES for t in TRANSPORTS]
@@ -125,10 +121,7 @@ def draw(result, path):
         scale = "" if logarithmic else "100*"
         script += ["plot " + ", ".join(f'${t} using 1:({scale}${column}) with linespoints pt 7 lc rgb "{COLOURS[t]}" '
                                        f'title "{t}"' for t in TRANSPORTS)]
-    try:
-        subprocess.run(["gnuplot"], input="\n".join(script) + "\n", text=True, check=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        print(f"no picture: {error}", file=sys.stderr)
+    common.plot(script)
 
 
 # --- main ------------------------------------------------------------------------------------------------------------
@@ -136,8 +129,8 @@ def draw(result, path):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--build", type=Path, default=ROOT / "build", help="build folder (default: build)")
-    add("--out", type=Path, default=ROOT / "runs" / "transports", help="where results go (default: runs/transports)")
+    add("--build", type=Path, default=common.ROOT / "build", help="build folder (default: build)")
+    add("--out", type=Path, default=common.ROOT / "runs" / "transports", help="where results go (default: runs/transports)")
     add("--rounds", type=int, default=3, help="default 3")
     add("--quick", action="store_true", help="one short round")
     args = parser.parse_args()
@@ -152,7 +145,7 @@ def main():
         for transport in TRANSPORTS:
             rounds[transport].append(measure(args.build, transport, args.quick))
     command = "experiments/transports/run.py" + (" --quick" if args.quick else f" --rounds {args.rounds}")
-    result = dict(machine=machine(), command=command, load=f"{start:.1f}, {os.getloadavg()[0]:.1f}", rounds=rounds)
+    result = dict(machine=common.machine(), command=command, load=f"{start:.1f}, {os.getloadavg()[0]:.1f}", rounds=rounds)
     (args.out / "transports.json").write_text(json.dumps(result, indent=1) + "\n")
     (args.out / "transports.md").write_text(markdown(result))
     draw(result, args.out / "transports.png")

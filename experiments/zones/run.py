@@ -18,7 +18,6 @@ What to expect: nothing lost, and a time longer by the cuts and about a second e
 """
 import argparse
 import hashlib
-import json
 import os
 import random
 import re
@@ -31,7 +30,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import emulated  # noqa: E402
+import common  # noqa: E402
 
 HOSTS = [f"fh{i}" for i in range(4)]
 ACROSS = [(a, b) for a in range(4) for b in range(4) if a // 2 != b // 2]
@@ -44,7 +43,7 @@ FORMS = {"full": dict(steps=300, cuts=2, cut=30, gap=(30, 90)), "quick": dict(st
 
 def environment(options):
     env = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "NETLAB_DIR": str(options.out / "lab")}
-    for line in (emulated.ROOT / "mpi.env").read_text().splitlines():
+    for line in (common.ROOT / "mpi.env").read_text().splitlines():
         if line.startswith("export ") and "=" in line:
             name, value = line[len("export "):].strip().split("=", 1)
             env[name] = value
@@ -188,7 +187,7 @@ def run(options, p):
     finally:
         lab(options, "down")
     if process.returncode != 0:
-        raise SystemExit(f"{emulated.command(words)}\nended with status {process.returncode}:\n{said[-3000:]}")
+        raise SystemExit(f"{common.command(words)}\nended with status {process.returncode}:\n{said[-3000:]}")
     said = [re.sub(r"\d+\.\d+\.\d+\.\d+", "ADDRESS", line) for line in said.splitlines() if "poe-pipe" in line]
     seconds = watch.curve[-1][0]
     return dict(seconds=seconds, curve=watch.curve, moments=moments, said=said,
@@ -227,14 +226,14 @@ def draw(options, points, wanted):
     script = ["set terminal pngcairo size 1000,500 font 'Sans,11' noenhanced", f"set output '{options.out}/zones.png'",
               "set title 'Steps of 4 ranks in two zones (netlab, 20 ms round trip) whose link is cut'", "set key outside right",
               "set grid", "set xlabel 'seconds'", "set ylabel 'steps done'", *data, "plot " + ", ".join(plots)]
-    emulated.plot(script)
+    common.plot(script)
 
 
 def parse():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--netlab", type=Path, default=emulated.ROOT.parent / "shared" / "netlab" / "netlab")
-    parser.add_argument("--program", type=Path, default=emulated.ROOT / "build" / "poe-pipe")
-    parser.add_argument("--out", type=Path, default=emulated.ROOT / "runs" / "zones")
+    parser.add_argument("--netlab", type=Path, default=common.ROOT.parent / "shared" / "netlab" / "netlab")
+    parser.add_argument("--program", type=Path, default=common.ROOT / "build" / "poe-pipe")
+    parser.add_argument("--out", type=Path, default=common.ROOT / "runs" / "zones")
     parser.add_argument("--quick", dest="form", action="store_const", const="quick", default="full", help="one short cut")
     options = parser.parse_args()
     options.out, options.sizes = options.out.resolve(), FORMS[options.form]
@@ -249,10 +248,10 @@ def parse():
 def main():
     options = parse()
     options.out.mkdir(parents=True, exist_ok=True)
-    emulated.write_tokens(options.out / "tokens.bin", 256)
-    load, points, wanted = os.getloadavg()[0], emulated.Points(options.out / f"{options.form}.json"), points_of(options)
+    common.write_tokens(options.out / "tokens.bin", 256)
+    load, points, wanted = os.getloadavg()[0], common.Points(options.out / f"{options.form}.json"), points_of(options)
     points.measure(wanted, lambda p: run(options, p), 1)
-    text = "\n".join([f"{emulated.machine()}, load {load:.1f} to {os.getloadavg()[0]:.1f}; experiments/zones/run.py "
+    text = "\n".join([f"{common.machine()}, load {load:.1f} to {os.getloadavg()[0]:.1f}; experiments/zones/run.py "
                       f"{' '.join(sys.argv[1:])}".rstrip(), "", *table(points, wanted)]) + "\n"
     (options.out / "zones.md").write_text(text)
     draw(options, points, wanted)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""What experiments with emulated ranks or networks share: starting a run and reading its accounts, asking `poe-pipe plan`
-what it should be, and keeping finished points, so that an experiment that was cut off goes on where it was."""
+"""What experiments share: starting a run and reading its accounts, asking `poe-pipe plan` what it should be, drawing, and
+keeping finished points, so that an experiment that was cut off goes on where it was."""
 import array
 import concurrent.futures
 import json
