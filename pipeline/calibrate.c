@@ -17,6 +17,7 @@ enum {
     LEAST_POSITIONS = 512, /* fewer only when everything else was made smaller */
     LEAST_WIDTH = 256,
     DEEP = 3, /* layers of the stage that tells a layer from the rest */
+    FEW_TOKENS = 64, /* the vocabulary of stages whose layers are timed: their head takes next to nothing */
     PROBE_SIDE = 512,
     MESSAGES = 12,
     MOST_MESSAGE = 16 << 20, /* bytes */
@@ -24,20 +25,29 @@ enum {
     ADAMW_FLOATS = 1 << 22,
 };
 
-/* Seconds: what each of six stages or parts, and the updates, may take; a pass of the largest; all together. */
-static const double SHARE = 0.9, PASS = 0.1, WHOLE = 8;
+/* Seconds: what the parts, and the updates, may take; a pass of the largest. */
+static const double PARTS = 5.4, UPDATES = 0.9, PASS = 0.1;
 
-/* A stage of its own: one or DEEP of the run's layers, with head and embedding. */
+/* How much of the run's micro-batch and width is tried. */
+typedef struct extent {
+    size_t rows, positions;
+    int narrower; /* the model's widths are divided by this */
+} extent;
+
+/* A stage of its own: one or DEEP of the run's layers, with embedding and a small head; or the run's head alone. */
 typedef struct probe {
     poe_model model;
     poe_backend *backend;
     poe_stage *stage;
-    size_t rows, positions;
-    int narrower; /* the model's widths are divided by this */
-    double end;   /* of all measuring */
-    int32_t *tokens; /* (2, rows * positions): inputs, targets */
-    poe_part_time time;
+    extent extent;
+    int32_t *tokens;    /* (2, rows * positions): inputs, targets */
+    float *u;           /* the head alone: (2, rows * positions, C), its input and that one's gradient; else NULL */
+    poe_part_time time; /* least of the passes so far */
 } probe;
+
+/* The probes of a calibration: a layer without and with value embedding, of a short and of the whole window; DEEP of the
+ * second kind; a head. What a layer takes is a difference of two of them. */
+enum { ONE_LAYER, DEEP_STAGE = 4, HEAD, PROBES };
 
 /* What a stopwatch reads: of one thread its processor's time, so that other programs do not count; of several, which
  * wait for each other, the time on the clock. */
@@ -82,15 +92,16 @@ static double layer_flops(const poe_model *m, size_t rows, size_t positions, boo
 
 /* --- one stage -------------------------------------------------------------------------------------------------------- */
 
-static poe_status small_model(const poe_model *model, int layers, bool value_embed, bool whole, probe *p)
+static poe_status small_model(const poe_model *model, int layers, bool value_embed, bool whole, int vocabulary,
+                              probe *p)
 {
     poe_model_config config = model->config;
     poe_model *small = &p->model;
-    config.n_embd /= p->narrower;
-    config.n_head /= p->narrower;
-    config.n_kv_head /= p->narrower;
-    config.mlp_dim = (int)model->mlp_dim / p->narrower;
-    config.vocab_size /= p->narrower;
+    config.n_embd /= p->extent.narrower;
+    config.n_head /= p->extent.narrower;
+    config.n_kv_head /= p->extent.narrower;
+    config.mlp_dim = (int)model->mlp_dim / p->extent.narrower;
+    config.vocab_size = vocabulary;
     config.n_stages = 1;
     config.stage_layers[0] = layers;
     config.objective = POE_OBJECTIVE_POE;
@@ -121,22 +132,20 @@ static void close_probe(probe *p)
     poe_stage_destroy(p->stage);
     poe_cpu_destroy(p->backend);
     free(p->tokens);
-    p->stage = NULL;
-    p->backend = NULL;
-    p->tokens = NULL;
+    free(p->u);
 }
 
 static poe_status open_probe(const poe_options *o, int threads, probe *p)
 {
     poe_kernels kernels;
-    poe_stage_settings settings = {.rows = p->rows, .slots = 1, .training = true};
+    poe_stage_settings settings = {.rows = p->extent.rows, .slots = 1, .training = true};
     poe_backend_limits limits;
     poe_status status = poe_kernels_parse(o->kernels, &kernels);
     if (status != POE_OK)
         return status;
     poe_stage_limits(&p->model, &settings, &limits);
     limits.bf16 = strcmp(o->dtype, "bf16") == 0;
-    size_t n = p->rows * p->positions;
+    size_t n = p->extent.rows * p->extent.positions;
     p->tokens = malloc(2 * n * sizeof(*p->tokens));
     if (!p->tokens) {
         poe_error("out of memory for the calibration");
@@ -157,31 +166,64 @@ static poe_status open_probe(const poe_options *o, int threads, probe *p)
     return POE_OK;
 }
 
-/* Least times of several passes, the first of which is for the caches and pages. */
-static void time_passes(probe *p, int threads)
+static void pass_stage(probe *p, int threads)
 {
-    double end = fmin(poe_now() + SHARE, p->end), loss;
-    p->time = (poe_part_time){INFINITY, INFINITY};
-    for (int i = 0; i < MOST_REPETITIONS && (i < 2 || poe_now() < end); i++) {
-        double start = stopwatch(threads);
-        poe_stage_forward(p->stage, 0, p->rows, p->positions, p->tokens, NULL, NULL);
-        double middle = stopwatch(threads);
-        (void)poe_stage_backward(p->stage, 0, p->tokens + p->rows * p->positions, 1, NULL, NULL, &loss);
-        p->time.forward = fmin(p->time.forward, middle - start);
-        p->time.backward = fmin(p->time.backward, stopwatch(threads) - middle);
-    }
+    double loss, start = stopwatch(threads);
+    poe_stage_forward(p->stage, 0, p->extent.rows, p->extent.positions, p->tokens, NULL, NULL);
+    double middle = stopwatch(threads);
+    (void)poe_stage_backward(p->stage, 0, p->tokens + p->extent.rows * p->extent.positions, 1, NULL, NULL, &loss);
+    p->time.forward = fmin(p->time.forward, middle - start);
+    p->time.backward = fmin(p->time.backward, stopwatch(threads) - middle);
 }
 
-static poe_status time_stage(const poe_options *o, const poe_model *model, int threads, int layers, bool value_embed,
-                             bool whole, probe *p)
+/* On its own operation, whose loss and gradients are one: no forward. */
+static void pass_head(probe *p, int threads)
 {
-    poe_status status = small_model(model, layers, value_embed, whole, p);
+    size_t n = p->extent.rows * p->extent.positions, c = (size_t)p->model.config.n_embd;
+    const poe_tensor *head = poe_tensor_find(poe_stage_shared_table(p->stage), "lm_head.weight");
+    float *w = poe_stage_shared_values(p->stage) + head->offset, *dw = poe_stage_shared_gradients(p->stage) + head->offset;
+    double loss, start = stopwatch(threads);
+    p->backend->ops->head_loss(p->backend, &loss, p->u + n * c, dw, p->u, w, p->tokens, 1, n, c,
+                               (size_t)p->model.config.vocab_size, p->model.vocab_padded);
+    p->time.forward = 0;
+    p->time.backward = fmin(p->time.backward, stopwatch(threads) - start);
+}
+
+static poe_status open_head(probe *p)
+{
+    size_t floats = 2 * p->extent.rows * p->extent.positions * (size_t)p->model.config.n_embd;
+    p->u = malloc(floats * sizeof(*p->u));
+    if (!p->u) {
+        poe_error("out of memory for the calibration");
+        return POE_FAILED;
+    }
+    p->backend->ops->fill(p->backend, p->u, 0.5f, floats);
+    return POE_OK;
+}
+
+static poe_status open_kind(const poe_options *o, const poe_model *model, int threads, int kind, probe *p)
+{
+    int layers = kind == DEEP_STAGE ? DEEP : 1;
+    bool value_embed = kind < DEEP_STAGE && kind / 2, whole = kind >= DEEP_STAGE || kind % 2;
+    int vocabulary = kind == HEAD ? model->config.vocab_size / p->extent.narrower : FEW_TOKENS;
+    poe_status status = small_model(model, layers, value_embed, whole, vocabulary, p);
     if (status == POE_OK)
         status = open_probe(o, threads, p);
-    if (status == POE_OK)
-        time_passes(p, threads);
-    close_probe(p);
-    return status;
+    return status == POE_OK && kind == HEAD ? open_head(p) : status;
+}
+
+/* Round after round, a pass of each: a machine whose speed changes within seconds does so for all of them, which matters as
+ * they are subtracted from each other. The first round is for caches and pages. */
+static void time_rounds(probe *probes, int threads)
+{
+    double end = poe_now() + PARTS;
+    for (int i = 0; i < MOST_REPETITIONS && (i < 2 || poe_now() < end); i++)
+        for (int kind = 0; kind < PROBES; kind++) {
+            probe *p = &probes[kind];
+            if (i < 2)
+                p->time = (poe_part_time){INFINITY, INFINITY};
+            (p->u ? pass_head : pass_stage)(p, threads);
+        }
 }
 
 /* --- parts ------------------------------------------------------------------------------------------------------------ */
@@ -199,37 +241,6 @@ static poe_part_time difference(poe_part_time a, poe_part_time b)
 static poe_part_time scaled(poe_part_time t, double factor)
 {
     return (poe_part_time){t.forward * factor, t.backward * factor};
-}
-
-/* The head alone, on its own operation. */
-static poe_status time_head(const poe_options *o, const poe_model *model, int threads, probe *p)
-{
-    poe_status status = small_model(model, 1, false, true, p);
-    if (status == POE_OK)
-        status = open_probe(o, threads, p);
-    size_t n = p->rows * p->positions, c = (size_t)p->model.config.n_embd, vp = p->model.vocab_padded;
-    float *u = malloc(2 * n * c * sizeof(*u));
-    if (status == POE_OK && !u) {
-        poe_error("out of memory for the calibration");
-        status = POE_FAILED;
-    }
-    if (status == POE_OK) {
-        double end = fmin(poe_now() + SHARE, p->end), loss;
-        const poe_tensor *head = poe_tensor_find(poe_stage_shared_table(p->stage), "lm_head.weight");
-        float *w = poe_stage_shared_values(p->stage) + head->offset;
-        float *dw = poe_stage_shared_gradients(p->stage) + head->offset;
-        p->backend->ops->fill(p->backend, u, 0.5f, 2 * n * c);
-        p->time = (poe_part_time){0, INFINITY};
-        for (int i = 0; i < MOST_REPETITIONS && (i < 2 || poe_now() < end); i++) {
-            double start = stopwatch(threads);
-            p->backend->ops->head_loss(p->backend, &loss, u + n * c, dw, u, w, p->tokens, 1, n, c,
-                                       (size_t)p->model.config.vocab_size, vp);
-            p->time.backward = fmin(p->time.backward, stopwatch(threads) - start);
-        }
-    }
-    free(u);
-    close_probe(p);
-    return status;
 }
 
 /* Floating-point operations per second of this backend's products. */
@@ -268,11 +279,11 @@ static double head_flops(const poe_model *m, size_t rows, size_t positions)
     return 6.0 * (double)(rows * positions) * m->config.n_embd * (double)m->vocab_padded;
 }
 
-/* The deep stage, forward and backward. */
-static double pass_flops(const poe_model *model, const probe *p)
+/* Of the longest pass: the deep stage's, forward and backward, or the head's. */
+static double pass_flops(const poe_model *model, const extent *e)
 {
-    double layers = 3 * DEEP * layer_flops(model, p->rows, p->positions, true);
-    return (layers + head_flops(model, p->rows, p->positions)) / (p->narrower * p->narrower);
+    double layers = 3 * DEEP * layer_flops(model, e->rows, e->positions, true);
+    return fmax(layers, head_flops(model, e->rows, e->positions)) / (e->narrower * e->narrower);
 }
 
 static bool can_narrow(const poe_model_config *c, int mlp_dim, int narrower)
@@ -282,58 +293,66 @@ static bool can_narrow(const poe_model_config *c, int mlp_dim, int narrower)
 }
 
 /* As much of a micro-batch and of the model's width as a pass may take. */
-static poe_status choose_size(const poe_options *o, const poe_model *model, int threads, probe *p)
+static poe_status choose_extent(const poe_options *o, const poe_model *model, int threads, extent *e)
 {
     double rate;
     poe_status status = time_products(o, threads, &rate);
     if (status != POE_OK)
         return status;
     double most = rate * PASS;
-    p->rows = (size_t)o->device_batch_size;
-    p->positions = (size_t)model->config.sequence_len;
-    p->narrower = 1;
-    while (p->rows > 1 && pass_flops(model, p) > most)
-        p->rows--;
-    while (p->positions > LEAST_POSITIONS && pass_flops(model, p) > most)
-        p->positions /= 2;
-    while (can_narrow(&model->config, (int)model->mlp_dim, 2 * p->narrower) && pass_flops(model, p) > most)
-        p->narrower *= 2;
-    while (p->positions > 16 && pass_flops(model, p) > most)
-        p->positions /= 2;
+    *e = (extent){.rows = (size_t)o->device_batch_size, .positions = (size_t)model->config.sequence_len, .narrower = 1};
+    while (e->rows > 1 && pass_flops(model, e) > most)
+        e->rows--;
+    while (e->positions > LEAST_POSITIONS && pass_flops(model, e) > most)
+        e->positions /= 2;
+    while (can_narrow(&model->config, (int)model->mlp_dim, 2 * e->narrower) && pass_flops(model, e) > most)
+        e->narrower *= 2;
+    while (e->positions > 16 && pass_flops(model, e) > most)
+        e->positions /= 2;
     return POE_OK;
+}
+
+static void take_parts(const poe_options *o, const poe_model *model, const probe *probes, poe_calibration *c)
+{
+    extent e = probes[HEAD].extent;
+    const poe_model *small = &probes[HEAD].model;
+    size_t rows = (size_t)o->device_batch_size, t = (size_t)model->config.sequence_len;
+    double tokens = (double)(rows * t) / (double)(e.rows * e.positions);
+    poe_part_time one = probes[ONE_LAYER + 1].time, head = probes[HEAD].time; /* of the whole window */
+    poe_part_time whole = scaled(difference(probes[DEEP_STAGE].time, one), 1.0 / (DEEP - 1)), rest = difference(one, whole);
+    c->rows = e.rows;
+    c->positions = e.positions;
+    c->narrower = e.narrower;
+    c->head = scaled(head, head_flops(model, rows, t) / head_flops(small, e.rows, e.positions));
+    poe_part_time small_head = scaled(head, (double)FEW_TOKENS / (double)small->vocab_padded);
+    c->embedding = scaled(difference(rest, small_head), tokens * e.narrower);
+    for (int kind = 0; kind < DEEP_STAGE; kind++) {
+        poe_part_time layer = difference(probes[kind].time, rest);
+        bool all = kind % 2;
+        c->layers[kind / 2][all] =
+            scaled(layer, layer_flops(model, rows, t, all) / layer_flops(small, e.rows, e.positions, all));
+    }
 }
 
 static poe_status time_parts(const poe_options *o, const poe_model *model, int threads, poe_calibration *c)
 {
-    probe p = {.end = poe_now() + WHOLE};
-    poe_part_time one[2][2], deep;
-    poe_status status = choose_size(o, model, threads, &p);
-    for (int kind = 0; status == POE_OK && kind < 4; kind++) {
-        status = time_stage(o, model, threads, 1, kind / 2, kind % 2, &p);
-        one[kind / 2][kind % 2] = p.time;
+    probe *probes = calloc(PROBES, sizeof(*probes));
+    extent e;
+    poe_status status = probes ? choose_extent(o, model, threads, &e) : POE_FAILED;
+    if (!probes)
+        poe_error("out of memory for the calibration");
+    for (int kind = 0; status == POE_OK && kind < PROBES; kind++) {
+        probes[kind].extent = e;
+        status = open_kind(o, model, threads, kind, &probes[kind]);
     }
-    if (status == POE_OK)
-        status = time_stage(o, model, threads, DEEP, false, true, &p);
-    deep = p.time;
-    if (status == POE_OK)
-        status = time_head(o, model, threads, &p);
-    if (status != POE_OK)
-        return status;
-    c->rows = p.rows;
-    c->positions = p.positions;
-    c->narrower = p.narrower;
-    size_t rows = (size_t)o->device_batch_size, t = (size_t)model->config.sequence_len;
-    double tokens = (double)(rows * t) / (double)(p.rows * p.positions);
-    poe_part_time whole = scaled(difference(deep, one[0][1]), 1.0 / (DEEP - 1)), rest = difference(one[0][1], whole);
-    c->head = scaled(p.time, head_flops(model, rows, t) / head_flops(&p.model, p.rows, p.positions));
-    c->embedding = scaled(difference(rest, p.time), tokens * p.narrower);
-    for (int kind = 0; kind < 4; kind++) {
-        poe_part_time layer = difference(one[kind / 2][kind % 2], rest);
-        bool all = kind % 2;
-        c->layers[kind / 2][all] =
-            scaled(layer, layer_flops(model, rows, t, all) / layer_flops(&p.model, p.rows, p.positions, all));
+    if (status == POE_OK) {
+        time_rounds(probes, threads);
+        take_parts(o, model, probes, c);
     }
-    return POE_OK;
+    for (int kind = 0; probes && kind < PROBES; kind++)
+        close_probe(&probes[kind]);
+    free(probes);
+    return status;
 }
 
 /* --- updates ---------------------------------------------------------------------------------------------------------- */
@@ -365,7 +384,7 @@ static poe_status time_updates(const poe_options *o, const poe_model *model, int
         poe_adamw_step adamw = {.lr = 0.01f, .beta1 = 0.8f, .beta2 = 0.95f, .eps = 1e-10f, .t = 10};
         ops->fill(backend, memory, 0.01f, 4 * room + rows + cols);
         c->muon = c->adamw = INFINITY;
-        double end = poe_now() + SHARE;
+        double end = poe_now() + UPDATES;
         for (int i = 0; i < MOST_REPETITIONS && (i < 2 || poe_now() < end); i++) {
             double start = stopwatch(threads);
             ops->muon(backend, w, m, second, g, rows, cols, &muon);

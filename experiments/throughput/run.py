@@ -151,17 +151,22 @@ def measured_step(args, folder, stages, micro, flags):
     return statistics.median([line["dt"] for line in lines if "dt" in line][2:])
 
 
-def calibrated(args, stages, flags):
-    """What plan finds each rank's times to be, as --emulate-compute has them."""
-    ranks = common.plan([args.build / "poe-pipe", *model_flags(args, stages, 1), *flags])["ranks"]
-    return ";".join(f"{k}:forward={1e3 * r['forward']:.6f}ms,backward={1e3 * r['backward']:.6f}ms,"
-                    f"optimizer={1e3 * (r['update_own'] + r['update_shared']):.6f}ms" for k, r in enumerate(ranks))
+def calibrated(args, stages):
+    """By method, each rank's times as plan finds them, in --emulate-compute's words: of a few plans the fastest."""
+    found = {method: [] for method in METHODS}
+    for _ in range(args.rounds):
+        for method, flags in METHODS.items():
+            ranks = common.plan([args.build / "poe-pipe", *model_flags(args, stages, 1), *flags])["ranks"]
+            found[method].append([(r["forward"], r["backward"], r["update_own"] + r["update_shared"]) for r in ranks])
+    return {method: ";".join(f"{k}:forward={1e3 * f:.6f}ms,backward={1e3 * b:.6f}ms,optimizer={1e3 * u:.6f}ms"
+                             for k, (f, b, u) in enumerate(min(plans, key=lambda ranks: sum(map(sum, ranks)))))
+            for method, plans in found.items()}
 
 
 def measure(args, folder, p):
     """The methods by turns, round after round, so that a machine whose speed changes does so for all of them."""
     stages, rows = [args.layers // p] * p, []
-    times = {method: calibrated(args, stages, flags) for method, flags in METHODS.items()}
+    times = calibrated(args, stages)
     for m in args.measured_micro:
         rounds = [{method: measured_step(args, folder, stages, m, flags) for method, flags in METHODS.items()}
                   for _ in range(args.rounds)]
