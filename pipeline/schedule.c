@@ -78,14 +78,16 @@ static int first_group(const poe_order *order)
 
 static pass pass_at(const poe_order *order, int index, bool backward)
 {
-    int places = order->n_virtual, size = first_group(order), first = 0, left = groups_of(order);
-    while (index >= places * size) {
-        index -= places * size;
-        first += size;
-        left--;
-        size = (order->n_micro - first + left - 1) / left;
+    int places = order->n_virtual, size = order->n_micro / groups_of(order), first = 0;
+    int over = order->n_micro % groups_of(order), passes_over = over * (size + 1) * places; /* of groups with one more */
+    if (index < passes_over) {
+        size++;
+    } else {
+        index -= passes_over;
+        first = over * (size + 1);
     }
-    int place = index / size;
+    first += index / (places * size) * size;
+    int place = index % (places * size) / size;
     return (pass){backward ? places - 1 - place : place, first + index % size};
 }
 

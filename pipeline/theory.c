@@ -357,7 +357,6 @@ static void pass_turn(simulation *s, rank_state *me)
     if (after < 0)
         return;
     me->waits = true;
-    s->ranks[after].waits = false;
     schedule_event(s, s->now, TURN, after);
 }
 
@@ -413,6 +412,7 @@ static void take_event(simulation *s, event_kind kind, int r)
         advance_sum(s, r);
         break;
     case TURN:
+        me->waits = false;
         break;
     }
     while (advance_rank(s, r))
