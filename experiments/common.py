@@ -25,6 +25,12 @@ def machine():
     return f"{models[0] if models else platform.machine()}, {len(os.sched_getaffinity(0))} processors"
 
 
+def mpi_environment():
+    """This process's, with what mpi.env exports: for what is started by mpiexec itself."""
+    exported = [line[len("export "):].strip() for line in (ROOT / "mpi.env").read_text().splitlines() if line.startswith("export ")]
+    return {**os.environ, **dict(line.split("=", 1) for line in exported if "=" in line)}
+
+
 def write_tokens(path, vocabulary, count=60000):
     rng = random.Random(1)
     tokens = array.array("H", (rng.randrange(vocabulary) for _ in range(count)))

@@ -112,8 +112,8 @@ def run(args, words, realtime):
 
 
 def shares(steps, last, streaming, virtual=1):
-    """Idle share over all processors (ranks, but under interleaved): of the steps between the first and the last, which waits for its own sums beside those of
-    the step before, or with streaming of all of them after the fill."""
+    """Idle share over all processors, of `virtual` ranks each: of the steps between the first and the last, which waits for its
+    own sums beside those of the step before, or with streaming of all of them after the fill."""
     inner = steps[1:-1]
     chosen = steps if streaming else inner
     ranks = [rank for step in chosen for rank in step]

@@ -20,7 +20,6 @@ stages; PoE with the depth of a stage. Over all ranks together PoE has no less t
 import argparse
 import json
 import math
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -48,19 +47,10 @@ PARTS = {"weights": ["parameters"], "gradients": ["gradients", "pending"], "opti
 
 # --- figures ---------------------------------------------------------------------------------------------------------
 
-def output_of(command):
-    command = [str(word) for word in command]
-    result = subprocess.run(command, capture_output=True, text=True)
-    if result.returncode:
-        raise OSError(f"{' '.join(command)}: {result.stderr.strip()}")
-    return result.stdout
-
-
 def sized(args, stages, flags):
     """Bytes of every rank by parts, as they are sized before the start."""
     emulated = ["--emulate-compute", "forward=1ms,backward=2ms"]  # no need to time anything
-    layers = ",".join(map(str, stages))
-    plan = json.loads(output_of([args.program, "plan", "--json", "--stages", layers, *emulated, *flags]))
+    plan = common.plan([args.program, "--stages", ",".join(map(str, stages)), *emulated, *flags])
     return [rank["memory_parts"] for rank in plan["ranks"]]
 
 
@@ -82,11 +72,9 @@ def model_flags(way):
 def measured(args, folder, stages, flags):
     """Every rank's resident maximum, and the sizes that it was told, of a short real run."""
     ranks = ["--ranks", len(stages)] if len(stages) > 1 else []
-    with tempfile.TemporaryDirectory(dir=folder) as aside:
-        output_of([args.program, *ranks, "--stages", ",".join(map(str, stages)), *flags, "--data",
-                   f"{folder}/tokens.bin", "--num-iterations", args.steps, "--out", f"{aside}/run"])
-        with open(f"{aside}/run/metrics.jsonl") as file:
-            return [json.loads(line) for line in file][-1]["memory"]
+    lines = common.metrics([args.program, *ranks, "--stages", ",".join(map(str, stages)), *flags, "--data",
+                            f"{folder}/tokens.bin", "--num-iterations", args.steps], timeout=3600)
+    return lines[-1]["memory"]
 
 
 def point(args, folder, way, layers, stages):
@@ -142,7 +130,7 @@ def published(args):
 def autograd(args, layers):
     if not args.torch or not (args.reference / "poe_ref.py").exists():
         return None
-    return json.loads(output_of([args.torch, HERE / "one_process.py", args.reference, layers, args.stages]))
+    return json.loads(common.call([args.torch, HERE / "one_process.py", args.reference, layers, args.stages], timeout=3600))
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------
@@ -322,7 +310,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (OSError, subprocess.CalledProcessError) as error:
-        sys.exit(f"{error}")
+    main()

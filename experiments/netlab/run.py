@@ -56,12 +56,7 @@ def flags(options, sync, out):
 
 
 def environment(options):
-    env = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "NETLAB_DIR": str(options.out / "lab")}
-    for line in (common.ROOT / "mpi.env").read_text().splitlines():
-        if line.startswith("export ") and "=" in line:
-            name, value = line[len("export "):].strip().split("=", 1)
-            env[name] = value
-    return env
+    return {**common.mpi_environment(), "OPENBLAS_NUM_THREADS": "1", "NETLAB_DIR": str(options.out / "lab")}
 
 
 def call(words, options, more={}, timeout=600):

@@ -39,21 +39,12 @@ FIGURES = dict(latency_us=("latency", "us", "{:.1f}", True), gbs=("bandwidth", "
 
 # --- measuring -------------------------------------------------------------------------------------------------------
 
-def environment():
-    env = dict(os.environ)
-    for line in (common.ROOT / "mpi.env").read_text().splitlines():
-        if line.startswith("export ") and "=" in line:
-            name, value = line[len("export "):].split("=", 1)
-            env[name] = value
-    return env
-
-
 def measure(build, transport, quick):
     """The rows that the bench prints, and its last line."""
     words = [str(build / "experiments" / "bench_transports"), transport] + ["quick"] * quick
     if transport != "inproc":
         words = ["mpiexec", "-n", "2"] + words
-    done = subprocess.run(words, env=environment(), capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    done = subprocess.run(words, env=common.mpi_environment(), capture_output=True, text=True, stdin=subprocess.DEVNULL)
     rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not rows:
         raise ChildProcessError(f"{' '.join(words)} ended with status {done.returncode}: {done.stderr.strip()[-2000:]}")
