@@ -49,7 +49,7 @@ typedef struct poe_options {
     int num_iterations, warmup_steps;
     double warmdown_ratio, final_lr_frac, matrix_lr, embedding_lr, unembedding_lr, scalar_lr, weight_decay;
     char schedule[POE_OPTION_TEXT]; /* auto | poe | gpipe | 1f1b | zb-h1 | zb-h2 | interleaved | ddp */
-    int virtual_stages;             /* that share a processor under interleaved */
+    int virtual_stages;             /* that share a processor under interleaved; 0: poe_options_virtual() says */
     char sync[POE_OPTION_TEXT]; /* exact | stale | stale:D | every:N */
     char wire[POE_OPTION_TEXT]; /* fp32 | bf16 | fp8 | int8: what crosses between stages */
     char wire_shared[POE_OPTION_TEXT]; /* fp32 | bf16: the shared gradients */

@@ -64,18 +64,26 @@ static bool is_replicated(const poe_options *options)
 
 int poe_options_virtual(const poe_options *options)
 {
-    return strcmp(options->schedule, "interleaved") == 0 ? options->virtual_stages : 1;
+    if (strcmp(options->schedule, "interleaved") != 0)
+        return 1;
+    return options->virtual_stages ? options->virtual_stages : 2;
 }
 
 /* Ranks that take turns would wait for each other's part of a sum, so interleaved is for the objective without one. */
 static poe_status check_interleaved(const poe_options *options)
 {
     int stages = options->ranks > 1 ? options->ranks : options->stages.count, virtual = poe_options_virtual(options);
-    if (virtual == 1 && poe_options_given(options, "virtual-stages")) {
-        poe_error("--virtual-stages is for --schedule interleaved; found --schedule %s", options->schedule);
+    bool interleaved = strcmp(options->schedule, "interleaved") == 0;
+    if (!interleaved && options->virtual_stages && poe_options_given(options, "virtual-stages")) {
+        poe_error("--virtual-stages %d is for --schedule interleaved; found --schedule %s (0 goes with any)",
+                  options->virtual_stages, options->schedule);
         return POE_BAD_INPUT;
     }
-    if (virtual > 1 && strcmp(options->objective, "bp") != 0) {
+    if (interleaved && virtual == 1) {
+        poe_error("--virtual-stages: found 1, which is --schedule 1f1b; allowed are 2 to %d (0: 2)", POE_OPTION_STAGES);
+        return POE_BAD_INPUT;
+    }
+    if (interleaved && strcmp(options->objective, "bp") != 0) {
         poe_error("--schedule interleaved needs --objective bp; found %s", options->objective);
         return POE_BAD_INPUT;
     }
@@ -91,7 +99,7 @@ static poe_status check_schedule(const poe_options *options)
 {
     const char *schedule = options->schedule, *objective = options->objective;
     bool local = strcmp(objective, "poe") == 0, streams = strcmp(schedule, "poe") == 0;
-    poe_status status = local ? POE_OK : check_interleaved(options);
+    poe_status status = check_interleaved(options);
     if (status != POE_OK)
         return status;
     if (strcmp(schedule, "auto") == 0 || (local && streams))

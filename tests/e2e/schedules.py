@@ -136,6 +136,18 @@ def resumed(folder):
         poe.check_equal(poe.steps(out)[-3:], poe.steps(whole)[-3:], f'steps of {out}')
 
 
+def configured(folder):
+    """The configuration that a run leaves, with another schedule beside it."""
+    data = poe.write_tokens(f'{folder}/tokens.bin')
+    for schedule, others in (('gpipe', ('1f1b', 'zb-h1', 'interleaved')), ('interleaved', ('1f1b',))):
+        first = train(folder, schedule, data, objective='bp', stages='1,1,1,1', schedule=schedule, total_batch_size=4 * TOKENS)
+        for other in others:
+            out = f'{folder}/{schedule}-{other}'
+            poe.succeed(['--config', f'{first}/config.json', '--schedule', other, '--out', out, '--export',
+                         f'{out}/final.safetensors'])
+            check_same(first, out)
+
+
 def interrupted(folder):
     """A wish to stop takes effect after the same step on every rank."""
     data = poe.write_tokens(f'{folder}/tokens.bin')
@@ -206,8 +218,10 @@ def refused(folder):
                            ({'schedule': 'interleaved'}, ('--schedule', 'interleaved', 'poe')),
                            ({'schedule': 'interleaved', 'objective': 'hierarchical'}, ('interleaved', 'bp', 'hierarchical')),
                            ({'schedule': 'interleaved', 'objective': 'bp'}, ('--virtual-stages 2', '--stages', 'found 3')),
-                           ({'virtual_stages': '3', 'objective': 'bp'}, ('--virtual-stages', 'interleaved', 'auto')),
-                           ({'virtual_stages': '1', 'objective': 'bp'}, ('--virtual-stages', '1')),
+                           ({'virtual_stages': '3', 'objective': 'bp'}, ('--virtual-stages 3', 'interleaved', 'auto')),
+                           ({'virtual_stages': '2'}, ('--virtual-stages 2', 'interleaved', 'auto')),
+                           ({'virtual_stages': '1', 'schedule': 'interleaved', 'objective': 'bp'},
+                            ('--virtual-stages', 'found 1', '2 to')),
                            ({'schedule': 'interleaved', 'objective': 'bp', 'stages': '1,1,1,1', 'net': '*:bw=1Gbit'},
                             ('--net', '0>1', 'bandwidth')),
                            ({'sync': 'stale:2', 'objective': 'bp'}, ('--sync', 'stale:2', 'bp', 'exact')),
@@ -221,5 +235,5 @@ def refused(folder):
     poe.check(not os.path.exists(f'{folder}/out'), 'a refused run leaves no folder')
 
 
-poe.main(backpropagation, processes, interleaved, hierarchical, recompute, replicas, resumed, interrupted, not_a_number, predictions,
-         refused)
+poe.main(backpropagation, processes, interleaved, hierarchical, recompute, replicas, resumed, configured, interrupted,
+         not_a_number, predictions, refused)
