@@ -131,8 +131,8 @@ class Background:
         return Result(code, '', self.said(), ' '.join(self.words))
 
     def said(self):
-        self.err.seek(0)
-        return self.err.read().decode(errors='replace')
+        # Not read(): the processes share this file's position, and write there.
+        return os.pread(self.err.fileno(), os.fstat(self.err.fileno()).st_size, 0).decode(errors='replace')
 
 
 def kill(pid, number):
