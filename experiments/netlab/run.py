@@ -208,4 +208,5 @@ def main():
     print(f"a real training has the same weights both ways, bit for bit\npicture  {options.out}/netlab.png")
 
 
-main()
+if __name__ == "__main__":
+    main()
