@@ -177,6 +177,21 @@ void poe_part_receive(poe_part *part, int peer, int channel, void *data, size_t 
     transport->ops->receive(transport, peer, channel, data, bytes, op);
 }
 
+void *poe_comm_allocate(poe_comm *comm, size_t bytes)
+{
+    poe_transport *transport = comm->transport;
+    return transport->ops->allocate ? transport->ops->allocate(transport, bytes) : aligned_alloc(64, bytes);
+}
+
+void poe_comm_release(poe_comm *comm, void *memory, size_t bytes)
+{
+    poe_transport *transport = comm->transport;
+    if (!transport->ops->release)
+        free(memory);
+    else if (memory)
+        transport->ops->release(transport, memory, bytes);
+}
+
 bool poe_part_done(poe_part *part, const poe_operation *op)
 {
     if (!op->done)

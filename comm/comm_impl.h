@@ -116,6 +116,10 @@ poe_status poe_part_wait(poe_part *part, poe_wait *wait, bool (*ready)(const poe
 void poe_part_send(poe_part *part, int peer, int channel, const void *data, size_t bytes, poe_operation *op);
 void poe_part_receive(poe_part *part, int peer, int channel, void *data, size_t bytes, poe_operation *op);
 bool poe_part_done(poe_part *part, const poe_operation *op);
+/* `bytes` of memory, aligned to 64, that messages are sent from, and are not copied once more. NULL: out of memory, not
+ * said. Giving back NULL is legal. */
+void *poe_comm_allocate(poe_comm *comm, size_t bytes);
+void poe_comm_release(poe_comm *comm, void *memory, size_t bytes);
 
 /* --- watch.c ------------------------------------------------------------------------------------------------------ */
 typedef enum poe_presence { POE_HERE = 0, POE_LEAVING, POE_GONE } poe_presence;

@@ -267,13 +267,64 @@ static void resume(poe_link *link)
 }
 
 /* --- opening and closing ------------------------------------------------------------------------------------------ */
+static size_t payload_bytes(const poe_link *link)
+{
+    return (size_t)link->window * link->stride;
+}
+
+static unsigned char *allocate_payloads(poe_link *link)
+{
+    if (link->stride > SIZE_MAX / (size_t)link->window)
+        return NULL;
+    return link->outgoing ? poe_comm_allocate(link->part.comm, payload_bytes(link))
+                          : aligned_alloc(ALIGNMENT, payload_bytes(link));
+}
+
 static void free_link(poe_link *link)
 {
-    free(link->payloads);
+    if (link->outgoing)
+        poe_comm_release(link->part.comm, link->payloads, payload_bytes(link));
+    else
+        free(link->payloads);
     free(link->wires);
     free(link->frames);
     free(link->part.operations);
     free(link);
+}
+
+static bool allocate(poe_link *link)
+{
+    size_t window = (size_t)link->window;
+    link->part.n_operations = 2 * link->window + 1;
+    link->part.operations = calloc(2 * window + 1, sizeof(*link->part.operations));
+    link->frames = calloc(window, sizeof(*link->frames));
+    link->wires = calloc(window + 1, POE_FRAME_BYTES);
+    link->payloads = allocate_payloads(link);
+    return link->part.operations && link->frames && link->wires && link->payloads;
+}
+
+/* NULL: out of memory, not said. */
+static poe_link *new_link(poe_comm *comm, const poe_link_settings *settings)
+{
+    poe_link *l = calloc(1, sizeof(*l));
+    if (!l)
+        return NULL;
+    snprintf(l->name, sizeof(l->name), "%s", settings->name);
+    l->peer = settings->peer;
+    l->channel = settings->channel;
+    l->outgoing = settings->outgoing;
+    l->max_bytes = settings->max_bytes;
+    l->stride = (settings->max_bytes + ALIGNMENT) / ALIGNMENT * ALIGNMENT;
+    l->window = settings->window;
+    l->run = settings->run;
+    l->part.comm = comm;
+    l->part.advance = l->outgoing ? advance_sender : advance_receiver;
+    l->part.settled = is_settled;
+    l->part.stand = stand;
+    if (allocate(l))
+        return l;
+    free_link(l);
+    return NULL;
 }
 
 poe_status poe_link_open(poe_comm *comm, const poe_link_settings *settings, poe_link **link)
@@ -282,34 +333,12 @@ poe_status poe_link_open(poe_comm *comm, const poe_link_settings *settings, poe_
     assert(settings->peer >= 0 && settings->peer < poe_comm_size(comm) && settings->peer != poe_comm_rank(comm));
     if (poe_comm_lost(comm))
         return POE_PEER_LOST;
-    poe_link *l = calloc(1, sizeof(*l));
-    size_t window = (size_t)settings->window;
-    if (l) {
-        l->stride = (settings->max_bytes + ALIGNMENT) / ALIGNMENT * ALIGNMENT;
-        l->part.n_operations = 2 * settings->window + 1;
-        l->part.operations = calloc(2 * window + 1, sizeof(*l->part.operations));
-        l->frames = calloc(window, sizeof(*l->frames));
-        l->wires = calloc(window + 1, POE_FRAME_BYTES);
-        l->payloads = l->stride <= SIZE_MAX / window ? aligned_alloc(ALIGNMENT, window * l->stride) : NULL;
-    }
-    if (!l || !l->part.operations || !l->frames || !l->wires || !l->payloads) {
+    poe_link *l = new_link(comm, settings);
+    if (!l) {
         poe_error("out of memory for link %s: %d buffers of %zu bytes", settings->name, settings->window,
                   settings->max_bytes);
-        if (l)
-            free_link(l);
         return POE_FAILED;
     }
-    snprintf(l->name, sizeof(l->name), "%s", settings->name);
-    l->peer = settings->peer;
-    l->channel = settings->channel;
-    l->outgoing = settings->outgoing;
-    l->max_bytes = settings->max_bytes;
-    l->window = settings->window;
-    l->run = settings->run;
-    l->part.comm = comm;
-    l->part.advance = l->outgoing ? advance_sender : advance_receiver;
-    l->part.settled = is_settled;
-    l->part.stand = stand;
     resume(l);
     poe_watch_add(comm, settings->peer);
     poe_part_attach(&l->part);

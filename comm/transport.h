@@ -48,6 +48,10 @@ typedef struct poe_transport_ops {
     void (*watch)(poe_transport *transport, int fd);
     /* True when all that was sent would reach its peers even if this process died now. NULL: it never would. */
     bool (*settled)(const poe_transport *transport);
+    /* Memory, aligned to 64, that send() takes no copy of, where it does of other memory; until it is given back. From
+     * any thread. NULL: there is no room, not said. The functions are NULL where send() never takes a copy. */
+    void *(*allocate)(poe_transport *transport, size_t bytes);
+    void (*release)(poe_transport *transport, void *memory, size_t bytes);
 } poe_transport_ops;
 
 struct poe_transport {

@@ -653,6 +653,49 @@ static void check_outboxes(void)
     close_scene(&s);
 }
 
+/* What lies in the outbox is sent from where it is, and is nobody else's until it has gone. */
+static void check_in_place(void)
+{
+    enum { BYTES = 100000 };
+    scene s = open_scene(0);
+    poe_operation sent, got;
+    unsigned char *in = malloc(BYTES), *out = s.stage->ops->allocate(s.stage, BYTES);
+    CHECK((uintptr_t)out % 64 == 0);
+    fill(out, BYTES, 8, 0);
+    post_send(s.stage, 8, out, BYTES, &sent);
+    s.stage->ops->progress(s.stage, 0);
+    fill(out, BYTES, 8, 1); /* against the rules: it shows that there is no copy */
+    post_receive(s.other, 8, in, BYTES, &got);
+    wait_for(&s, &got);
+    wait_for(&s, &sent);
+    CHECK(is_filled(in, BYTES, 8, 1));
+
+    post_send(s.stage, 8, out, BYTES, &sent);
+    s.stage->ops->progress(s.stage, 0);
+    s.stage->ops->cancel(s.stage, &sent);
+    CHECK(!sent.done);
+    post_receive(s.other, 8, in, BYTES, &got);
+    wait_for(&s, &got);
+    wait_for(&s, &sent);
+    s.stage->ops->release(s.stage, out, BYTES);
+    CHECK(s.stage->ops->allocate(s.stage, BYTES) == out);
+
+    fill(out, BYTES, 8, 2);
+    post_send(s.stage, 8, out, BYTES, &sent);
+    s.stage->ops->progress(s.stage, 0);
+    publish(&s, 1, 8, 3, 0);
+    for (int i = 0; i < 2; i++) {
+        restart_stage(&s);
+        fill(s.stage->ops->allocate(s.stage, BYTES), BYTES, 8, 3);
+    }
+    post_receive(s.other, 8, in, BYTES, &got);
+    wait_for(&s, &got);
+    CHECK(is_filled(in, BYTES, 8, 2));
+    CHECK(s.stage->ops->allocate(s.stage, POE_BOARD_AREA) == NULL);
+    free(in);
+    close_scene(&s);
+}
+
 /* --- sleeping ----------------------------------------------------------------------------------------------------- */
 static void *wake_soon(void *arg)
 {
@@ -1153,6 +1196,7 @@ int main(void)
     check_together();
     check_cancel();
     check_outboxes();
+    check_in_place();
     check_sleep();
     check_refused();
     for (int world = 0; world < WORLDS; world++)

@@ -7,6 +7,7 @@
 
 #include <assert.h>
 #include <poll.h>
+#include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -20,11 +21,13 @@ typedef struct request {
     struct request *next; /* waiting, or spare */
     poe_operation *op;    /* NULL: cancelled */
     unsigned char *data;
+    bool copied; /* a send that takes room in the outbox */
     poe_board_command command;
 } request;
 
 typedef struct proxy {
     poe_transport base;
+    pthread_mutex_t lock; /* guards: */
     poe_space outbox;
     unsigned char *log;
     request *waiting, *last, *spare;
@@ -53,6 +56,55 @@ static void make_spare(proxy *p, request *r)
     p->spare = r;
 }
 
+/* --- the outbox --------------------------------------------------------------------------------------------------- */
+static bool take_room(proxy *p, uint64_t bytes, uint64_t *offset)
+{
+    pthread_mutex_lock(&p->lock);
+    bool taken = poe_space_take(&p->outbox, bytes, offset);
+    pthread_mutex_unlock(&p->lock);
+    return taken;
+}
+
+static void give_room(proxy *p, uint64_t offset, uint64_t bytes)
+{
+    pthread_mutex_lock(&p->lock);
+    poe_space_give(&p->outbox, offset, bytes);
+    pthread_mutex_unlock(&p->lock);
+}
+
+static void *proxy_allocate(poe_transport *transport, size_t bytes)
+{
+    proxy *p = proxy_of(transport);
+    uint64_t offset;
+    return take_room(p, bytes, &offset) ? p->outbox.area + offset : NULL;
+}
+
+static void proxy_release(poe_transport *transport, void *memory, size_t bytes)
+{
+    proxy *p = proxy_of(transport);
+    give_room(p, (uint64_t)((unsigned char *)memory - p->outbox.area), bytes);
+}
+
+static bool lies_in_outbox(const proxy *p, const unsigned char *data)
+{
+    uintptr_t area = (uintptr_t)p->outbox.area, at = (uintptr_t)data;
+    return at >= area && at - area < POE_BOARD_AREA;
+}
+
+/* False: there is no room for a copy now. */
+static bool place(proxy *p, request *r)
+{
+    poe_board_command *command = &r->command;
+    if (lies_in_outbox(p, r->data)) {
+        command->offset = (uint64_t)(r->data - p->outbox.area);
+        return true;
+    }
+    r->copied = take_room(p, command->bytes, &command->offset);
+    if (r->copied && command->bytes)
+        memcpy(p->outbox.area + command->offset, r->data, command->bytes);
+    return r->copied;
+}
+
 /* --- requests ----------------------------------------------------------------------------------------------------- */
 /* A header that is sent has its message's tag beside its own. */
 static int tags_for(const poe_board_command *command)
@@ -65,10 +117,8 @@ static int tags_for(const poe_board_command *command)
 static bool hand_over(proxy *p, request *r)
 {
     poe_board_command *command = &r->command;
-    if (p->n_free < tags_for(command) || (command->sends && !poe_space_take(&p->outbox, command->bytes, &command->offset)))
+    if (p->n_free < tags_for(command) || (command->sends && !place(p, r)))
         return false;
-    if (command->sends && command->bytes)
-        memcpy(p->outbox.area + command->offset, r->data, command->bytes);
     command->tag = p->free_tags[--p->n_free];
     p->with_agent[command->tag] = r;
     bool put = poe_ring_put(&p->base.board->to_agent, command);
@@ -122,9 +172,9 @@ static void take_answer(proxy *p, const poe_board_command *answer)
 {
     request *r = p->with_agent[answer->tag];
     const poe_board_command *command = &r->command;
-    if (command->sends)
-        poe_space_give(&p->outbox, command->offset, command->bytes);
-    else if (r->op && answer->status == POE_OK && command->bytes)
+    if (r->copied)
+        give_room(p, command->offset, command->bytes);
+    if (!command->sends && r->op && answer->status == POE_OK && command->bytes)
         memcpy(r->data, p->log + answer->offset, command->bytes);
     if (r->op)
         finish(p, r->op, answer->status);
@@ -190,14 +240,16 @@ static bool withdraw(proxy *p, const request *r)
     return false;
 }
 
-/* What the agent has of it goes on; its answer is nobody's. */
+/* What the agent has of it goes on, and its answer is nobody's; but memory that the agent sends from stays in use. */
 static void proxy_cancel(poe_transport *transport, poe_operation *op)
 {
     proxy *p = proxy_of(transport);
     request *r = op->backend[0];
-    r->op = NULL;
     if (withdraw(p, r))
         make_spare(p, r);
+    else if (r->command.sends && !r->copied)
+        return;
+    r->op = NULL;
     finish(p, op, POE_PEER_LOST);
 }
 
@@ -223,6 +275,7 @@ static void proxy_destroy(poe_transport *transport)
     free_list(p->waiting);
     free_list(p->spare);
     poe_space_finish(&p->outbox);
+    pthread_mutex_destroy(&p->lock);
     free(p);
 }
 
@@ -235,6 +288,8 @@ static const poe_transport_ops proxy_ops = {
     .cancel = proxy_cancel,
     .destroy = proxy_destroy,
     .settled = proxy_settled,
+    .allocate = proxy_allocate,
+    .release = proxy_release,
 };
 
 poe_status poe_proxy_create(poe_board *board, poe_transport **transport)
@@ -246,6 +301,7 @@ poe_status poe_proxy_create(poe_board *board, poe_transport **transport)
         free(p);
         return POE_FAILED;
     }
+    pthread_mutex_init(&p->lock, NULL);
     p->base = (poe_transport){.ops = &proxy_ops,
                               .rank = board->rank,
                               .size = board->size,
