@@ -217,7 +217,7 @@ int main(void)
     check_decorated(&(poe_scenario){"damaged", 2, {.deadline = 30}, send_damaged, 1,
                                     "refuses a message from rank 0: its payload's CRC-32C is "}, 0, &damaging);
     check_decorated(&(poe_scenario){"silent", 2, {.deadline = 0.5}, wait_for_silence, 0,
-                                    "rank 1 has given no sign of life for 0.5"}, 1, &silent);
+                                    "rank 1 has given no sign of life for "}, 1, &silent);
     check_failures += poe_scenarios_failures();
     return check_result();
 }
