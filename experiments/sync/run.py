@@ -8,7 +8,7 @@
 Trains the default job once per case and seed, in one process (the bits are those of any number of ranks), and compares
 the held-out BPB of all stages together after the last step with that of --sync exact, fp32, under the same seed.
 
-Duration: 3 to 6 minutes a run on two idle cores, so 2 to 4 hours in all; with --workers 2 a little less. Runs that are finished
+Duration: 5 to 9 minutes a run, so 3 hours on two idle cores with --workers 2. Runs that are finished
 stay: started again, the script goes on where it was, seed by seed. A run that was made with other flags is made anew.
 
 Writes into --out (default runs/sync):
