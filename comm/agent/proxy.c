@@ -249,7 +249,8 @@ static void proxy_cancel(poe_transport *transport, poe_operation *op)
         make_spare(p, r);
     else if (r->command.sends && !r->copied)
         return;
-    r->op = NULL;
+    else
+        r->op = NULL;
     finish(p, op, POE_PEER_LOST);
 }
 
