@@ -103,7 +103,7 @@ def skipping(folder):
     out = f'{folder}/out'
     result = poe.run(settings(out, data, recover='skip', snapshot_every=40, fault='kill rank=1 step=33'), poe.RANKS, 3)
     poe.check_equal(result.code, 0, result)
-    poe.check('without its own updates of steps 0 to 32' in result.err, result)
+    poe.check('without its own updates of steps 0 to' in result.err, result)
     poe.check_equal(len(poe.steps(out)), LONG['num_iterations'], 'steps')
     check_one_model(skipped_by_last(f'{folder}/last', data))
     losses = [s['loss'] for s in poe.steps(out) if s['loss'] is not None]
