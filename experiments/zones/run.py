@@ -42,12 +42,7 @@ FORMS = {"full": dict(steps=300, cuts=2, cut=30, gap=(30, 90)), "quick": dict(st
 
 
 def environment(options):
-    env = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "NETLAB_DIR": str(options.out / "lab")}
-    for line in (common.ROOT / "mpi.env").read_text().splitlines():
-        if line.startswith("export ") and "=" in line:
-            name, value = line[len("export "):].strip().split("=", 1)
-            env[name] = value
-    return env
+    return {**common.mpi_environment(), "OPENBLAS_NUM_THREADS": "1", "NETLAB_DIR": str(options.out / "lab")}
 
 
 # --- the network ------------------------------------------------------------------------------------------------------
