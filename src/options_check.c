@@ -62,9 +62,14 @@ static bool is_replicated(const poe_options *options)
     return strcmp(options->schedule, "ddp") == 0;
 }
 
+static bool is_interleaved(const poe_options *options)
+{
+    return strcmp(options->schedule, "interleaved") == 0;
+}
+
 int poe_options_virtual(const poe_options *options)
 {
-    if (strcmp(options->schedule, "interleaved") != 0)
+    if (!is_interleaved(options))
         return 1;
     return options->virtual_stages ? options->virtual_stages : 2;
 }
@@ -73,7 +78,7 @@ int poe_options_virtual(const poe_options *options)
 static poe_status check_interleaved(const poe_options *options)
 {
     int stages = options->ranks > 1 ? options->ranks : options->stages.count, virtual = poe_options_virtual(options);
-    bool interleaved = strcmp(options->schedule, "interleaved") == 0;
+    bool interleaved = is_interleaved(options);
     if (!interleaved && options->virtual_stages && poe_options_given(options, "virtual-stages")) {
         poe_error("--virtual-stages %d is for --schedule interleaved; found --schedule %s (0 goes with any)",
                   options->virtual_stages, options->schedule);

@@ -27,7 +27,7 @@ typedef struct request {
 
 typedef struct proxy {
     poe_transport base;
-    pthread_mutex_t lock; /* guards: */
+    pthread_mutex_t lock; /* guards the next one, which the rank's thread takes room in, too */
     poe_space outbox;
     unsigned char *log;
     request *waiting, *last, *spare;
